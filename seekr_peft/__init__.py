@@ -1,0 +1,64 @@
+"""Continual learning for language models with LoRA and QLoRA adapters.
+
+The public names are loaded on first use, so that ``import seekr_peft`` costs no import of torch or transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SeekrConfig": "config",
+    "HeadSelection": "heads",
+    "AttentionTap": "attention",
+    "ReplayMemory": "memory",
+    "AdapterStack": "adapters",
+    "Seekr": "methods",
+    "Replay": "methods",
+    "Sequential": "methods",
+    "ContinualTrainer": "trainer",
+    "ContinualTrainerMixin": "trainer",
+    "ContinualSFTTrainer": "sft_trainer",
+    "Task": "tasks",
+    "AccuracyMatrix": "evaluation",
+    "run_recipe": "run",
+    "SeekrError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "CaptureError": "errors",
+    "AdapterError": "errors",
+    "MemoryFormatError": "errors",
+    "RunError": "errors",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from .adapters import AdapterStack as AdapterStack
+    from .attention import AttentionTap as AttentionTap
+    from .config import SeekrConfig as SeekrConfig
+    from .evaluation import AccuracyMatrix as AccuracyMatrix
+    from .heads import HeadSelection as HeadSelection
+    from .memory import ReplayMemory as ReplayMemory
+    from .methods import Replay as Replay
+    from .methods import Seekr as Seekr
+    from .methods import Sequential as Sequential
+    from .run import run_recipe as run_recipe
+    from .sft_trainer import ContinualSFTTrainer as ContinualSFTTrainer
+    from .tasks import Task as Task
+    from .trainer import ContinualTrainer as ContinualTrainer
+    from .trainer import ContinualTrainerMixin as ContinualTrainerMixin

@@ -1,0 +1,417 @@
+"""``AdapterStack``: one LoRA per task over the frozen sum of the earlier ones. The only file that changes PEFT state.
+
+May import ``errors``. Verified with PEFT 0.21.2. Deliberately not used, because each was measured to go wrong:
+merging into 4-bit weights (the update is rounded away), ``disable_adapter()`` as a switch (it un-freezes every active
+adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter trainable).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .errors import AdapterError
+
+Mode = Literal["stack", "continue"]
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """How the earlier adapters became one: its ``rank``, and the share of squared singular values that was discarded
+    (0.0 for exact concatenation) over all modules together and in the worst module."""
+
+    rank: int
+    discarded_energy: float
+    worst_module_energy: float
+
+
+class AdapterStack:
+    """The adapters of a task sequence on one ``PeftModel``.
+
+    ``mode="stack"``: task k trains a fresh adapter on top of ONE frozen adapter that is the exact sum of the earlier
+    ones (ranks concatenated; truncated SVD once the rank passes ``rank_limit``). ``mode="continue"``: one adapter
+    goes on training through all tasks.
+
+    An adapter that the model already carries is kept: untouched (B = 0) it only serves as the template for the
+    tasks' adapters and is removed; trained, it counts as an earlier one.
+
+    Raises:
+        AdapterError: The model has no plain LoRA adapter, or one that cannot be summed exactly (DoRA, biases,
+            ``modules_to_save``, embeddings, an initialisation that changes the base weights).
+    """
+
+    def __init__(self, model: PeftModel, mode: Mode = "stack", rank_limit: int | None = None) -> None:
+        if not isinstance(model, PeftModel):
+            raise AdapterError(
+                f"the model is a {type(model).__name__}, not a PeftModel; wrap it first: "
+                f"get_peft_model(model, LoraConfig(...))."
+            )
+        if mode not in ("stack", "continue"):
+            raise AdapterError(f"mode must be 'stack' or 'continue', got {mode!r}.")
+        if rank_limit is not None and rank_limit < 1:
+            raise AdapterError(f"rank_limit must be None or at least 1, got {rank_limit}.")
+        self.model = model
+        self.mode = mode
+        self.rank_limit = rank_limit
+        self.n_tasks = 0
+        self.current: str | None = None
+        self.earlier: str | None = None
+        self.last_consolidation: Consolidation | None = None
+        self._template = _checked_template(model)
+        self._before: dict[str, Tensor] = {}
+        self._frozen_fingerprint = ""
+        self._adopt_existing()
+
+    # One task ---------------------------------------------------------------------------------------------------
+
+    def begin(self) -> str:
+        """Start a task: make (or go on with) its adapter, freeze everything else; returns the adapter's name."""
+        if self.current is not None:
+            raise AdapterError(
+                f"task adapter {self.current!r} is still being trained; finish or abandon it before the next task."
+            )
+        if self.mode == "continue" and self.earlier is not None:
+            self.current = self.earlier
+        else:
+            self.current = self._add(f"task_{self.n_tasks + 1:02d}", self._template)
+        if self.mode == "continue":
+            self._before = {key: value.clone() for key, value in self.parameters().items()}
+        self.activate()
+        self._frozen_fingerprint = self._fingerprint(self._frozen_names())
+        return self.current
+
+    def activate(self) -> None:
+        """(Re)activate earlier + current adapter with exactly the current one trainable.
+
+        ``PeftModel.set_adapter`` takes one name only, and its tuner's takes a list but makes them all trainable.
+        """
+        if self.current is None:
+            self._show([self.earlier] if self.earlier else [])
+            return
+        self.model.set_adapter(self.current)
+        self._show([*self._frozen_names(), self.current])
+        self.model.base_model.set_requires_grad(self.current, True)
+
+    def finish(self) -> Consolidation | None:
+        """End the task: check that nothing frozen moved, freeze the adapter and add it to the earlier ones."""
+        current = self._require_current()
+        self.check_frozen_unchanged()
+        self.n_tasks += 1
+        if self.mode == "continue":
+            self.current, self.earlier, self._before = None, current, {}
+            self.last_consolidation = Consolidation(self._template.r, 0.0, 0.0)
+        else:
+            names = [*self._frozen_names(), current]
+            self.current = None
+            self.earlier = self._consolidate(names)
+        self.activate()
+        return self.last_consolidation
+
+    def abandon(self) -> None:
+        """Drop the current task's adapter (after an error) and go back to the earlier ones."""
+        current = self._require_current()
+        self.current = None
+        if self.mode == "continue" and current == self.earlier:
+            with torch.no_grad():
+                for key, value in self._parameters_of(current).items():
+                    value.copy_(self._before[key])
+        else:
+            self._show([self.earlier] if self.earlier else [])
+            self.model.base_model.delete_adapter(current)
+        self._before = {}
+        self.activate()
+
+    @contextmanager
+    def before_task(self) -> Iterator[None]:
+        """The model as it was right before the current task (theta_{k-1}); everything is restored on exit."""
+        current = self._require_current()
+        if self.mode == "stack":
+            self._show(self._frozen_names())
+            try:
+                yield
+            finally:
+                self.activate()
+            return
+        after = {key: value.detach().clone() for key, value in self.parameters().items()}
+        try:
+            self._write(current, self._before)
+            yield
+        finally:
+            self._write(current, after)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No parameter requires a gradient inside (scoring differentiates activations only)."""
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    # Checks -----------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The current task's adapter parameters by module path."""
+        return self._parameters_of(self._require_current())
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that does not hold exactly the current adapter's parameters.
+
+        Raises:
+            AdapterError: With the number of missing and of foreign parameters.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        wanted = {id(parameter) for parameter in self.parameters().values()}
+        if held != wanted:
+            raise AdapterError(
+                f"the optimizer must hold exactly the {len(wanted)} tensors of adapter {self.current!r}, but "
+                f"{len(wanted - held)} of them are missing and {len(held - wanted)} others are in it; build the "
+                f"optimizer inside `with seekr.task(...)`, from the parameters that require a gradient."
+            )
+        trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if trainable != wanted:
+            raise AdapterError(
+                f"{len(trainable - wanted)} frozen tensors became trainable and {len(wanted - trainable)} of adapter "
+                f"{self.current!r} do not train; something called set_adapter() or disable_adapter() on the model "
+                f"after the task began: call method.stack.activate()."
+            )
+
+    def check_frozen_unchanged(self) -> None:
+        """Raises AdapterError when a frozen adapter is not bitwise what it was when the task began."""
+        if self._fingerprint(self._frozen_names()) != self._frozen_fingerprint:
+            raise AdapterError(
+                f"the frozen adapter {self.earlier!r} changed while {self.current!r} was trained; the earlier tasks "
+                f"would be lost, so this task is refused: check what else updates the model's parameters."
+            )
+
+    # Files ------------------------------------------------------------------------------------------------------
+
+    def save_current(self, directory: Path) -> None:
+        """Write the current task's adapter as a plain PEFT adapter directory."""
+        self._save(self._require_current(), directory)
+
+    def export(self, directory: Path) -> None:
+        """Write the consolidated adapter (all finished tasks) as a plain PEFT adapter directory."""
+        if self.earlier is None:
+            raise AdapterError("there is nothing to export before the first task is finished.")
+        self._save(self.earlier, directory)
+
+    def restore(self, directories: list[Path]) -> None:
+        """Rebuild the state after ``len(directories)`` finished tasks from what ``save_current`` wrote for each.
+
+        Repeats the same consolidations in the same order, so the result is bitwise that of the uninterrupted run.
+        """
+        for directory in directories if self.mode == "stack" else directories[-1:]:
+            self.begin()
+            _load(self.model, self._require_current(), directory)
+            self.finish()
+        self.n_tasks = len(directories)
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _adopt_existing(self) -> None:
+        names = list(self.model.peft_config)
+        trained = [name for name in names if _is_trained(self.model, name)]
+        if self.mode == "continue":
+            if len(names) > 1:
+                raise AdapterError(
+                    f"mode 'continue' needs a model with one adapter, got {names}; delete the others first."
+                )
+            self.earlier = names[0]
+        elif trained:
+            self.earlier = self._consolidate(trained)
+        for name in names:
+            if name != self.earlier and name in self.model.peft_config:
+                self._unused = name
+        self.activate()
+
+    def _require_current(self) -> str:
+        if self.current is None:
+            raise AdapterError("no task is being trained; use `with seekr.task(name, ...)`.")
+        return self.current
+
+    def _frozen_names(self) -> list[str]:
+        return [self.earlier] if self.earlier and self.earlier != self.current else []
+
+    def _add(self, name: str, config: LoraConfig) -> str:
+        self.model.add_adapter(name, copy.deepcopy(config))
+        unused, self._unused = getattr(self, "_unused", None), None
+        if unused:
+            self.model.set_adapter(name)
+            self.model.base_model.delete_adapter(unused)
+        return name
+
+    def _show(self, names: list[str]) -> None:
+        """Make ``names`` the active adapters, all frozen."""
+        self.model.base_model.set_adapter(names, inference_mode=True)
+
+    def _write(self, name: str, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, parameter in self._parameters_of(name).items():
+                parameter.copy_(values[key])
+
+    def _parameters_of(self, name: str) -> dict[str, Tensor]:
+        return {
+            f"{path}.{side}": matrices[name].weight
+            for path, layer in _lora_layers(self.model)
+            for side, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+            if name in matrices
+        }
+
+    def _fingerprint(self, names: list[str]) -> str:
+        digest = hashlib.blake2b()
+        for name in names:
+            for value in self._parameters_of(name).values():
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _consolidate(self, names: list[str]) -> str:
+        factors = {path: _summed_factors(layer, names) for path, layer in _lora_layers(self.model)}
+        rank = max(a.shape[0] for a, _ in factors.values())
+        discarded = [(0.0, 1.0)]
+        if self.rank_limit is not None and rank > self.rank_limit:
+            truncated = {path: _truncate(a, b, self.rank_limit) for path, (a, b) in factors.items()}
+            factors = {path: (a, b) for path, (a, b, _, _) in truncated.items()}
+            discarded = [(lost, total) for _, _, lost, total in truncated.values()]
+            rank = self.rank_limit
+        name = f"earlier_{self.n_tasks:02d}"
+        # lora_alpha = r gives scaling 1: the old scalings are inside A. A frozen adapter has no dropout.
+        config = replace(
+            self._template,
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=0.0,
+            use_rslora=False,
+            rank_pattern={},
+            alpha_pattern={},
+        )
+        self._add(name, config)
+        _fill(self.model, name, factors)
+        self._show([name])
+        self.model.set_adapter(name)
+        for old in names:
+            self.model.base_model.delete_adapter(old)
+        total = sum(total for _, total in discarded)
+        self.last_consolidation = Consolidation(
+            rank,
+            sum(lost for lost, _ in discarded) / max(total, 1e-30),
+            max(lost / max(total, 1e-30) for lost, total in discarded),
+        )
+        return name
+
+    def _save(self, name: str, directory: Path) -> None:
+        directory = Path(directory)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as temporary:
+            # PEFT writes any adapter but "default" into a folder of its name.
+            self.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
+            written = Path(temporary) / name if name != "default" else Path(temporary)
+            directory.mkdir(parents=True, exist_ok=True)
+            for file in (WEIGHTS_FILE, CONFIG_FILE):
+                shutil.move(written / file, directory / file)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield path, module
+
+
+def _checked_template(model: PeftModel) -> LoraConfig:
+    name = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+    config: Any = model.peft_config[name]
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(
+            f"adapter {name!r} is {type(config).__name__}; only LoRA adapters can be stacked, use LoraConfig."
+        )
+    refused = {
+        "use_dora": config.use_dora,
+        "modules_to_save": config.modules_to_save,
+        "layer_replication": config.layer_replication,
+        "trainable_token_indices": config.trainable_token_indices,
+        "bias": None if config.bias == "none" else config.bias,
+        "lora_bias": config.lora_bias,
+        "init_lora_weights": None
+        if config.init_lora_weights in (True, False, "gaussian", "orthogonal")
+        else config.init_lora_weights,
+    }
+    for key, value in refused.items():
+        if value:
+            raise AdapterError(
+                f"adapter {name!r} has {key}={value!r}, so its change is not a plain B A that can be added up exactly; "
+                f"use a LoraConfig without {key}."
+            )
+    for path, layer in _lora_layers(model):
+        if len(layer.lora_embedding_A) or any(m.weight.dim() != 2 for m in layer.lora_A.values()):
+            raise AdapterError(
+                f"adapter {name!r} sits on {path}, which is no linear layer; use target_modules='all-linear'."
+            )
+    return replace(copy.deepcopy(config), inference_mode=False)
+
+
+def _is_trained(model: nn.Module, name: str) -> bool:
+    return any(bool(layer.lora_B[name].weight.any()) for _, layer in _lora_layers(model) if name in layer.lora_B)
+
+
+def _summed_factors(layer: LoraLayer, names: list[str]) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), float32, with B A equal to the sum of the scaled adapters, exactly."""
+    present = [name for name in names if name in layer.lora_A]
+    a = torch.cat([layer.lora_A[name].weight.float() * layer.scaling[name] for name in present])
+    b = torch.cat([layer.lora_B[name].weight.float() for name in present], dim=1)
+    return a.detach(), b.detach()
+
+
+def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """Best rank-``rank`` approximation of B A, the energy (sum of squared singular values) lost, and all of it.
+
+    Through the small factors: B = Q_b R_b, A^T = Q_a R_a, so only R_b R_a^T (rank x rank) needs an SVD.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    left, singular, right = torch.linalg.svd(r_b @ r_a.T)
+    root = singular[:rank].sqrt()
+    new_b = q_b @ left[:, :rank] * root
+    new_a = root[:, None] * (right[:rank] @ q_a.T)
+    energy = singular.square()
+    return new_a.float(), new_b.float(), float(energy[rank:].sum()), float(energy.sum())
+
+
+def _fill(model: nn.Module, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for path, layer in _lora_layers(model):
+            a, b = factors[path]
+            weight_a, weight_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            # Ranks differ between modules under a rank_pattern: the rest stays zero.
+            weight_a.zero_()[: a.shape[0]].copy_(a)
+            weight_b.zero_()[:, : b.shape[1]].copy_(b)
+
+
+def _load(model: PeftModel, name: str, directory: Path) -> None:
+    # load_peft_weights would fall back to a pickle file; that one is never read.
+    if not (Path(directory) / WEIGHTS_FILE).is_file():
+        raise AdapterError(
+            f"{Path(directory) / WEIGHTS_FILE} is missing; the run directory is incomplete, start it again without --resume."
+        )
+    weights = load_peft_weights(str(directory), device="cpu")
+    result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    if result.unexpected_keys:
+        raise AdapterError(
+            f"{directory} does not fit the model: it has {result.unexpected_keys[0]!r}; use the base model and LoRA "
+            f"settings it was trained with."
+        )

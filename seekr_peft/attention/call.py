@@ -1,0 +1,206 @@
+"""One attention call as an observer sees it: rows, row KL and gradient norms, whatever the kernel.
+
+``InterfaceCall`` comes through transformers' attention interface (sdpa, flash, flex): it has q, k, v and recomputes
+only the selected rows. ``EagerCall`` comes from a forward hook and reads the weights that an eager kernel returned.
+May import ``rows``, ``support`` and ``errors``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import CaptureError
+from .rows import (
+    RowInputs,
+    TeacherRows,
+    gradient_squares,
+    gradient_squares_causal,
+    gradient_squares_full,
+    head_keys,
+    kl_of_rows,
+    row_kl,
+    row_probabilities,
+    row_weights,
+)
+from .support import flex_allowed
+
+
+@dataclass(frozen=True)
+class QuerySelection:
+    """Query positions of a forward: ``positions`` int64 (batch, n_queries), ``real`` bool of the same shape, False
+    where the position holds padding; ``every`` when these are all the positions in order."""
+
+    positions: Tensor
+    real: Tensor
+    every: bool
+
+
+class AttentionCall(Protocol):
+    """What an observer may ask of one layer's attention call. ``heads`` is int64 (n_selected,)."""
+
+    gradient_target: Tensor
+
+    def rows(self) -> Tensor: ...
+
+    def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor: ...
+
+    def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor: ...
+
+    def requires_grad(self) -> bool: ...
+
+
+@dataclass
+class InterfaceCall:
+    """q (batch, n_heads, T_q, d), k and v (batch, n_kv_heads, T_k, d), and the mask as the kernel got it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_mask: object
+    position_bias: Tensor | None
+    scaling: float
+    causal: bool
+    sliding_window: int | None
+    heads: Tensor
+    queries: QuerySelection
+    gradient_target: Tensor  # the kernel's output, (batch, T_q, n_heads, d_v)
+
+    def requires_grad(self) -> bool:
+        return self.query.requires_grad or self.key.requires_grad
+
+    @cached_property
+    def inputs(self) -> RowInputs:
+        """The selected rows' ingredients."""
+        query = self.query
+        if not self.queries.every:
+            positions = self.queries.positions[:, None, :, None]
+            query = query.gather(2, positions.expand(-1, query.shape[1], -1, query.shape[3]))
+        n_heads = query.shape[1]
+        if self.heads.numel() < n_heads:
+            query = query.index_select(1, self.heads)
+        allowed, bias = self._masks(self.queries)
+        key = head_keys(self.key, self.heads, n_heads)
+        return RowInputs(query, key, allowed, bias, self.queries.real, self.scaling)
+
+    def rows(self) -> Tensor:
+        return row_probabilities(self.inputs)
+
+    def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
+        return row_kl(self.inputs, teacher, weights)
+
+    def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor:
+        """(batch, n_selected) sums of squares of dL/dA, from the gradient of ``gradient_target``."""
+        gradient = gradient.transpose(1, 2).index_select(1, self.heads)
+        value = head_keys(self.value, self.heads, self.query.shape[1])
+        if every_query and self.attention_mask is None and self.sliding_window is None:
+            same_length = self.query.shape[2] == self.key.shape[2]
+            if not self.causal:
+                return gradient_squares_full(gradient, value)
+            if same_length:
+                return gradient_squares_causal(gradient, value)
+        queries = self.queries
+        if every_query:
+            queries = every_position(self.query, None)
+        else:
+            positions = queries.positions[:, None, :, None]
+            gradient = gradient.gather(2, positions.expand(-1, gradient.shape[1], -1, gradient.shape[3]))
+        gradient = gradient * queries.real[:, None, :, None]
+        return gradient_squares(gradient, value, self._masks(queries)[0])
+
+    def _masks(self, queries: QuerySelection) -> tuple[Tensor, Tensor | None]:
+        """``allowed`` and additive ``bias`` of the selected rows, from whatever mask the kernel was given."""
+        n_keys = self.key.shape[2]
+        mask, bias = self.attention_mask, None
+        if self.position_bias is not None:
+            bias = _select(self.position_bias, queries, self.heads)
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            allowed = self._positional(queries, n_keys)
+            if isinstance(mask, Tensor):  # flash attention keeps the 2D padding mask
+                allowed = allowed & mask[:, None, None, -n_keys:].bool()
+        elif isinstance(mask, Tensor):
+            selected = _select(mask, queries, self.heads)[..., :n_keys]
+            if mask.dtype == torch.bool:
+                allowed = selected
+            else:
+                allowed = selected > torch.finfo(selected.dtype).min
+                bias = selected if bias is None else bias + selected
+        elif hasattr(mask, "mask_mod"):
+            allowed = flex_allowed(mask, queries.positions, self.query.shape[1], n_keys)
+        else:
+            raise CaptureError(
+                f"cannot read an attention mask of type {type(mask).__name__}; load the model with "
+                f"attn_implementation='sdpa' or 'eager'."
+            )
+        return allowed, bias
+
+    def _positional(self, queries: QuerySelection, n_keys: int) -> Tensor:
+        keys = torch.arange(n_keys, device=self.query.device)
+        # With a key-value cache the first query stands behind the cached keys.
+        positions = queries.positions[:, None, :, None] + (n_keys - self.query.shape[2])
+        allowed = torch.ones_like(positions, dtype=torch.bool).expand(-1, -1, -1, n_keys)
+        if self.causal:
+            allowed = allowed & (keys <= positions)
+            if self.sliding_window is not None:
+                allowed = allowed & (keys > positions - self.sliding_window)
+        return allowed
+
+
+@dataclass
+class EagerCall:
+    """The weights (batch, n_heads, T_q, T_k) that an eager kernel returned, after softmax."""
+
+    weights: Tensor
+    heads: Tensor
+    queries: QuerySelection
+
+    @property
+    def gradient_target(self) -> Tensor:
+        return self.weights
+
+    def requires_grad(self) -> bool:
+        return self.weights.requires_grad
+
+    def rows(self) -> Tensor:
+        rows = _select(self.weights, self.queries, self.heads)
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return torch.where(self.queries.real[:, None, :, None], rows.to(dtype), 0)
+
+    def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
+        rows = self.rows()
+        if weights is None:
+            weights = row_weights(self.queries.real, rows.shape[1])
+        return kl_of_rows(rows, teacher, weights)
+
+    def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor:
+        """(batch, n_selected) sums of squares of the gradient at the weights that may be non-zero."""
+        gradient = torch.where(self.weights > 0, gradient, 0).index_select(1, self.heads)
+        if not every_query:
+            positions = self.queries.positions[:, None, :, None]
+            gradient = gradient.gather(2, positions.expand(-1, gradient.shape[1], -1, gradient.shape[3]))
+            gradient = gradient * self.queries.real[:, None, :, None]
+        return gradient.float().square().sum(dim=(-1, -2))
+
+
+def every_position(query: Tensor, real: Tensor | None) -> QuerySelection:
+    """All query positions of ``query`` (batch, heads, T_q, d)."""
+    batch, _, length, _ = query.shape
+    positions = torch.arange(length, device=query.device).expand(batch, length)
+    if real is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=query.device)
+    return QuerySelection(positions, real, every=True)
+
+
+def _select(tensor: Tensor, queries: QuerySelection, heads: Tensor) -> Tensor:
+    """Rows and heads of a (batch | 1, heads | 1, T_q | 1, T_k) tensor."""
+    if tensor.shape[1] > 1:
+        tensor = tensor.index_select(1, heads)
+    if tensor.shape[2] == 1 or queries.every:
+        return tensor
+    tensor = tensor.expand(queries.positions.shape[0], -1, -1, -1)
+    positions = queries.positions[:, None, :, None]
+    return tensor.gather(2, positions.expand(-1, tensor.shape[1], -1, tensor.shape[3]))

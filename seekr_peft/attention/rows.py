@@ -1,0 +1,303 @@
+"""Attention rows of selected heads and queries: softmax, row KL with a hand-written backward, and gradient norms.
+
+Pure tensor code; knows no model. Never builds an array of heads x T x T: everything is at most
+heads x queries x T, and longer query lists are walked in chunks. May import ``errors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 32 * 2**20
+"""Upper limit of one chunk of row logits, in bytes; a longer list of queries is split."""
+
+
+@dataclass(frozen=True)
+class RowInputs:
+    """What one layer's selected attention rows are computed from.
+
+    Shapes: ``query`` (batch, heads, n_queries, head_dim) and ``key`` (batch, heads, n_keys, head_dim), in the model's
+    dtype and after rotary embedding and q/k norms; ``allowed`` bool, broadcastable to (batch, heads, n_queries,
+    n_keys), True where the query may look; ``bias`` None or a float of the same form that is added to the logits;
+    ``real`` bool (batch, n_queries), False where the query is padding. ``scaling`` multiplies q k^T.
+    """
+
+    query: Tensor
+    key: Tensor
+    allowed: Tensor
+    bias: Tensor | None
+    real: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """Teacher attention rows as their largest entries and one remaining mass.
+
+    Shapes: ``indices`` int64 and ``probabilities`` float (batch, heads, n_queries, k); ``remaining`` float (batch,
+    heads, n_queries), the mass of all other keys. Entries of probability 0 count as absent.
+    """
+
+    indices: Tensor
+    probabilities: Tensor
+    remaining: Tensor
+
+    @classmethod
+    def from_dense(cls, rows: Tensor, top_k: int | None = None) -> TeacherRows:
+        """Keep the ``top_k`` largest entries of ``rows`` (..., n_keys); exact when ``top_k`` covers every key."""
+        n_keys = rows.shape[-1]
+        if top_k is None or top_k >= n_keys:
+            indices = torch.arange(n_keys, device=rows.device).expand(rows.shape)
+            return cls(indices, rows, torch.zeros_like(rows[..., 0]))
+        probabilities, indices = rows.topk(top_k, dim=-1)
+        remaining = (rows.sum(dim=-1) - probabilities.sum(dim=-1)).clamp_min(0)
+        return cls(indices, probabilities, remaining)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TeacherRows:
+        """Move; the indices stay int64."""
+        return TeacherRows(
+            self.indices.to(device), self.probabilities.to(device, dtype), self.remaining.to(device, dtype)
+        )
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 stays; everything else is computed in float32 (bfloat16 has too few digits for a sum over keys)."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def row_probabilities(inputs: RowInputs) -> Tensor:
+    """Softmax rows (batch, heads, n_queries, n_keys), float32 (float64 for float64 input), differentiable.
+
+    Each row sums to 1; rows whose query is padding are exactly 0.
+    """
+    logits = _logits(inputs, slice(None))
+    rows = torch.softmax(logits, dim=-1)
+    # A row without any allowed key is NaN after softmax; where() keeps the NaN out of the backward as well.
+    return torch.where(inputs.real[:, None, :, None] & inputs.allowed, rows, 0)
+
+
+def row_weights(real: Tensor, n_heads: int) -> Tensor:
+    """Weights (batch, n_heads, n_queries) of a mean over heads and queries per sample, then over samples.
+
+    Padding weighs 0. The released code averages rows per sample and then samples; with samples of different length
+    this differs from pooling all rows.
+    """
+    counts = real.sum(dim=1, keepdim=True).clamp_min(1)
+    weights = real / counts / (real.shape[0] * n_heads)
+    return weights[:, None, :].expand(-1, n_heads, -1)
+
+
+def row_kl(inputs: RowInputs, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
+    """Weighted sum of KL(teacher row || student row); scalar in nats, float32 (float64 for float64 input).
+
+    With a remaining mass r the KL is taken over the partition {each stored key} + {all others}, which is a lower
+    bound of the full KL and equal to it when the stored keys cover the row. For row logits s the gradient is
+    softmax(s) * sum(p) - p, where r is spread over the other keys in proportion to the student; the backward
+    recomputes softmax(s) from q, k and the log-sum-exp, so no probabilities are kept between the passes.
+
+    Args:
+        inputs: The student's rows.
+        teacher: The teacher's rows for the same heads, queries and keys; treated as constants.
+        weights: (batch, heads, n_queries), 0 for rows that do not count; None uses ``row_weights``.
+    """
+    if weights is None:
+        weights = row_weights(inputs.real, inputs.query.shape[1])
+    dtype = compute_dtype(inputs.query)
+    teacher = teacher.to(inputs.query.device, dtype)
+    weights = weights.to(inputs.query.device, dtype)
+    return _RowKL.apply(inputs.query, inputs.key, inputs, teacher, weights)
+
+
+def kl_of_rows(rows: Tensor, teacher: TeacherRows, weights: Tensor) -> Tensor:
+    """The same loss from materialised student rows (batch, heads, n_queries, n_keys), by plain autograd.
+
+    For models whose kernel returns the weights (eager); ``row_kl`` is tested against it.
+    """
+    teacher = teacher.to(rows.device, compute_dtype(rows))
+    tiny = torch.finfo(rows.dtype).tiny
+    kept = rows.gather(-1, teacher.indices)
+    others = (1 - kept.sum(dim=-1)).clamp_min(tiny)
+    stored = torch.special.xlogy(teacher.probabilities, teacher.probabilities)
+    cross = torch.where(teacher.probabilities > 0, teacher.probabilities * kept.clamp_min(tiny).log(), 0)
+    rest = torch.special.xlogy(teacher.remaining, teacher.remaining) - torch.where(
+        teacher.remaining > 0, teacher.remaining * others.log(), 0
+    )
+    per_row = (stored - cross).sum(dim=-1) + rest
+    return (torch.where(weights > 0, per_row, 0) * weights.to(per_row)).sum()
+
+
+def gradient_squares(output_gradient: Tensor, value: Tensor, allowed: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """Per head, the sum over the given rows and their allowed keys of (dL/dA)^2, where dL/dA = dO V^T.
+
+    Args:
+        output_gradient: (batch, heads, n_queries, head_dim), gradient of the loss at the attention output of the
+            wanted queries.
+        value: (batch, kv_heads, n_keys, head_dim); each is shared by heads / kv_heads query heads.
+        allowed: bool, broadcastable to (batch, heads, n_queries, n_keys).
+
+    Returns:
+        (batch, heads), float32 or float64.
+    """
+    dtype = compute_dtype(output_gradient)
+    value = _per_head(value, output_gradient.shape[1]).to(dtype)
+    total = output_gradient.new_zeros(output_gradient.shape[:2], dtype=dtype)
+    n_queries = output_gradient.shape[2]
+    for part in _chunks(n_queries, total.numel() * value.shape[2] * value.element_size(), chunk_bytes):
+        gradient = output_gradient[:, :, part].to(dtype) @ value.transpose(-1, -2)
+        total += torch.where(_rows(allowed, part), gradient, 0).square().sum(dim=(-1, -2))
+    return total
+
+
+def gradient_squares_causal(output_gradient: Tensor, value: Tensor, block: int = 64) -> Tensor:
+    """``gradient_squares`` over all T causal rows in O(T d^2) by prefix Gram matrices, exactly.
+
+    Row q sees the keys up to q, so its sum of squares is dO_q^T G_q dO_q with G_q = sum over k <= q of V_k V_k^T.
+    G is carried from block to block; only the triangle inside a block is multiplied out (block x block numbers).
+
+    Args:
+        output_gradient: (batch, heads, T, head_dim).
+        value: (batch, kv_heads, T, head_dim).
+    """
+    dtype = compute_dtype(output_gradient)
+    value = _per_head(value, output_gradient.shape[1]).to(dtype)
+    total = output_gradient.new_zeros(output_gradient.shape[:2], dtype=dtype)
+    gram = value.new_zeros(*value.shape[:2], value.shape[-1], value.shape[-1])
+    for start in range(0, output_gradient.shape[2], block):
+        part = slice(start, start + block)
+        gradient, values = output_gradient[:, :, part].to(dtype), value[:, :, part]
+        inside = torch.tril(gradient @ values.transpose(-1, -2))
+        before = ((gradient @ gram) * gradient).sum(dim=(-1, -2))
+        total += before + inside.square().sum(dim=(-1, -2))
+        gram = gram + values.transpose(-1, -2) @ values
+    return total
+
+
+def gradient_squares_full(output_gradient: Tensor, value: Tensor) -> Tensor:
+    """``gradient_squares`` over all rows and all keys: trace((dO^T dO)(V^T V)) per head, O(T d^2)."""
+    dtype = compute_dtype(output_gradient)
+    value = _per_head(value, output_gradient.shape[1]).to(dtype)
+    gradient = output_gradient.to(dtype)
+    gram_gradient = gradient.transpose(-1, -2) @ gradient
+    gram_value = value.transpose(-1, -2) @ value
+    return (gram_gradient * gram_value).sum(dim=(-1, -2))
+
+
+def head_keys(key: Tensor, heads: Tensor, n_heads: int) -> Tensor:
+    """Keys (or values) of the given query heads, (batch, len(heads), T, d), under grouped-query attention."""
+    return key.index_select(1, heads // (n_heads // key.shape[1]))
+
+
+class _RowKL(torch.autograd.Function):
+    """Keeps q, k and the log-sum-exp for the backward; see ``row_kl``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, inputs: RowInputs, teacher: TeacherRows, weights: Tensor
+    ) -> Tensor:
+        total = weights.new_zeros(())
+        log_sums = []
+        for part in _query_chunks(inputs):
+            logits = _logits(inputs, part)
+            log_sum = logits.logsumexp(dim=-1)
+            log_sums.append(log_sum)
+            per_row = _coarse_kl(logits, log_sum, teacher, part)
+            # 0 * NaN is NaN: a row that does not count may hold anything.
+            weight = weights[:, :, part]
+            total += (torch.where(weight > 0, per_row, 0) * weight).sum()
+        ctx.save_for_backward(query, key, torch.cat(log_sums, dim=-1))
+        ctx.rest = (inputs.allowed, inputs.bias, inputs.real, inputs.scaling, teacher, weights)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (outer,) = gradients
+        query, key, log_sum = ctx.saved_tensors
+        allowed, bias, real, scaling, teacher, weights = ctx.rest
+        inputs = RowInputs(query, key, allowed, bias, real, scaling)
+        dtype = compute_dtype(query)
+        query_gradients = []
+        key_gradient = torch.zeros(key.shape, dtype=dtype, device=key.device)
+        for part in _query_chunks(inputs):
+            logit_gradient = _logit_gradient(_logits(inputs, part), log_sum[..., part], teacher, part)
+            logit_gradient *= (weights[:, :, part] * outer * scaling)[..., None]
+            query_gradients.append(logit_gradient @ key.to(dtype))
+            key_gradient += logit_gradient.transpose(-1, -2) @ query[:, :, part].to(dtype)
+        query_gradient = torch.cat(query_gradients, dim=2).to(query.dtype)
+        return query_gradient, key_gradient.to(key.dtype), None, None, None
+
+
+def _coarse_kl(logits: Tensor, log_sum: Tensor, teacher: TeacherRows, part: slice) -> Tensor:
+    """KL of each row in nats, (batch, heads, rows); rows without any allowed key give 0."""
+    indices, kept, remaining = _teacher_part(teacher, part)
+    kept_log = (logits.gather(-1, indices) - log_sum[..., None]).masked_fill(kept == 0, 0)
+    stored = (torch.special.xlogy(kept, kept) - kept * kept_log).sum(dim=-1)
+    if not remaining.any():
+        return stored
+    others = _others(logits, log_sum, indices).sum(dim=-1)
+    tiny = torch.finfo(others.dtype).tiny
+    rest = torch.special.xlogy(remaining, remaining) - remaining * others.clamp_min(tiny).log()
+    return stored + torch.where(remaining > 0, rest, 0)
+
+
+def _logit_gradient(logits: Tensor, log_sum: Tensor, teacher: TeacherRows, part: slice) -> Tensor:
+    """d KL / d logits, (batch, heads, rows, n_keys): softmax * sum(p) - p with the remaining mass spread."""
+    indices, kept, remaining = _teacher_part(teacher, part)
+    mass = kept.sum(dim=-1) + remaining
+    gradient = torch.exp(logits - log_sum[..., None]).nan_to_num(0)
+    if remaining.any():
+        others = gradient.scatter(-1, indices, 0)
+        tiny = torch.finfo(others.dtype).tiny
+        share = remaining / others.sum(dim=-1).clamp_min(tiny)
+        gradient = gradient * mass[..., None] - others * share[..., None]
+    else:
+        gradient = gradient * mass[..., None]
+    return gradient.scatter_add(-1, indices, -kept)
+
+
+def _others(logits: Tensor, log_sum: Tensor, indices: Tensor) -> Tensor:
+    return torch.exp(logits - log_sum[..., None]).nan_to_num(0).scatter(-1, indices, 0)
+
+
+def _teacher_part(teacher: TeacherRows, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        teacher.indices[:, :, part],
+        teacher.probabilities[:, :, part],
+        teacher.remaining[:, :, part],
+    )
+
+
+def _logits(inputs: RowInputs, part: slice) -> Tensor:
+    dtype = compute_dtype(inputs.query)
+    logits = inputs.query[:, :, part].to(dtype) @ inputs.key.to(dtype).transpose(-1, -2)
+    logits = logits * inputs.scaling
+    if inputs.bias is not None:
+        logits = logits + _rows(inputs.bias, part)
+    return logits.masked_fill(~_rows(inputs.allowed, part), float("-inf"))
+
+
+def _rows(tensor: Tensor, part: slice) -> Tensor:
+    """The query rows ``part`` of a mask whose query axis may be 1 (the same for every query)."""
+    return tensor if tensor.shape[2] == 1 else tensor[:, :, part]
+
+
+def _query_chunks(inputs: RowInputs) -> Iterator[slice]:
+    batch, heads, n_queries, _ = inputs.query.shape
+    itemsize = 8 if inputs.query.dtype == torch.float64 else 4
+    return _chunks(n_queries, batch * heads * inputs.key.shape[2] * itemsize, CHUNK_BYTES)
+
+
+def _chunks(n_rows: int, bytes_per_row: int, chunk_bytes: int) -> Iterator[slice]:
+    step = max(1, chunk_bytes // max(1, bytes_per_row))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def _per_head(value: Tensor, n_heads: int) -> Tensor:
+    return value.repeat_interleave(n_heads // value.shape[1], dim=1)

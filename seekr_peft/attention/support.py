@@ -1,0 +1,132 @@
+"""Which models can be tapped and by which door. Reaches into transformers; verified with transformers 5.23.
+
+What is relied on, beyond the public API: every attention module carries its ``layer_idx`` and ``config``, reads
+``config._attn_implementation`` at call time to pick the attention function, and its modelling file imports
+``ALL_ATTENTION_FUNCTIONS``; a checkpointed layer keeps ``_gradient_checkpointing_func``. ``tests/test_support.py``
+notices when one of these changes. May import ``errors``.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CaptureError
+
+EAGER = "eager"
+
+
+def base_transformer(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel, DistributedDataParallel or torch.compile wrapper."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Self-attention modules of the language model by layer index.
+
+    Raises:
+        CaptureError: The model has none (state-space models), or several per layer (encoder-decoders).
+    """
+    root = base_transformer(model)
+    name = type(root).__name__
+    found: dict[int, nn.Module] = {}
+    for path, module in root.named_modules():
+        if not _is_self_attention(module):
+            continue
+        if module.layer_idx in found:
+            raise CaptureError(
+                f"{name} has more than one self-attention module with layer index {module.layer_idx} (the second is "
+                f"{path}); encoder-decoder models are not supported, use a decoder-only or encoder-only model."
+            )
+        found[int(module.layer_idx)] = module
+    if not found:
+        raise CaptureError(
+            f"{name} has no softmax attention module that carries a layer index, so there is no attention to distil; "
+            f"use a model with attention layers, or method 'replay', which needs none."
+        )
+    return found
+
+
+def head_shape(model: nn.Module) -> tuple[int, int]:
+    """``(n_layers, n_heads)``: the attention layers up to the last one, and query heads per layer."""
+    modules = attention_modules(model)
+    config = base_transformer(model).config.get_text_config()
+    return max(modules) + 1, int(config.num_attention_heads)
+
+
+def implementation(module: nn.Module) -> str:
+    """Name of the attention function that ``module`` dispatches to ("sdpa", "flash_attention_2", "eager" ...)."""
+    return module.config._attn_implementation or EAGER
+
+
+def set_implementation(module: nn.Module, name: str) -> None:
+    """Change the name that ``module`` dispatches on; the configuration is shared by all layers."""
+    module.config._attn_implementation = name
+
+
+def attention_functions(module: nn.Module) -> Any:
+    """The table of attention functions that this module's modelling file looks names up in, or None."""
+    return getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
+
+
+def uses_reentrant_checkpointing(model: nn.Module) -> bool:
+    """True when some layer recomputes its forward by reentrant activation checkpointing in training mode."""
+    for module in base_transformer(model).modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if not (module.training and getattr(module, "gradient_checkpointing", False) and checkpoint):
+            continue
+        if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is True:
+            return True
+    return False
+
+
+def drops_attention(module: nn.Module) -> bool:
+    """True when the module's eager weights are changed by dropout in its present mode."""
+    if not module.training:
+        return False
+    for name in ("attention_dropout", "attn_dropout", "dropout"):
+        rate = getattr(module, name, 0.0)
+        rate = rate.p if isinstance(rate, nn.Dropout) else rate
+        if isinstance(rate, float) and rate > 0:
+            return True
+    return False
+
+
+def is_causal(module: nn.Module, flag: bool | None) -> bool:
+    """Whether a call without a mask is causal, by transformers' own rule."""
+    return bool(flag if flag is not None else getattr(module, "is_causal", True))
+
+
+def _is_self_attention(module: nn.Module) -> bool:
+    if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "config"):
+        return False
+    name = type(module).__name__
+    if "Attention" not in name or "Cross" in name or getattr(module, "is_cross_attention", False):
+        return False
+    # The innermost module with a layer index is the one that calls the attention function.
+    return not any(
+        isinstance(getattr(child, "layer_idx", None), int) and "Attention" in type(child).__name__
+        for child in module.modules()
+        if child is not module
+    )
+
+
+def flex_allowed(block_mask: Any, queries: torch.Tensor, n_heads: int, n_keys: int) -> torch.Tensor:
+    """Evaluate a flex-attention BlockMask at ``queries`` (batch, n_queries): bool (batch, 1, n_queries, n_keys)."""
+    batch = torch.arange(queries.shape[0], device=queries.device)[:, None, None]
+    head = torch.zeros((), dtype=torch.long, device=queries.device)
+    keys = torch.arange(n_keys, device=queries.device)[None, None, :]
+    allowed = block_mask.mask_mod(batch, head, queries[:, :, None], keys)
+    return allowed.expand(queries.shape[0], queries.shape[1], n_keys)[:, None]

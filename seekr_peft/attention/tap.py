@@ -1,0 +1,309 @@
+"""``AttentionTap``: see the attention rows of selected heads while a stock kernel computes the forward.
+
+How it works. Forward hooks on the attention modules of the *selected* layers switch the name in the model's
+configuration to a tapped twin for just that module's call; the twin switches it back, runs the stock kernel on the
+same arguments (so the logits are bitwise those of an untapped model) and hands q, k, v to the observers. Masks are
+made by the model before, under the stock name. Eager kernels have no such door: there the hook reads the weights that
+the module returns. Everything is undone on exit. May import ``heads``, ``errors`` and the other attention modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError
+from ..heads import HeadSelection
+from . import support
+from .call import AttentionCall, EagerCall, InterfaceCall, QuerySelection
+
+Observer = Callable[[int, AttentionCall], Tensor]
+"""Given a layer index and its call, returns what ``AttentionTap.values`` keeps for that layer."""
+
+_PREFIX = "seekr_tap_"
+_LISTENERS: WeakKeyDictionary[nn.Module, list[AttentionTap]] = WeakKeyDictionary()
+
+
+class AttentionTap:
+    """Capture the attention rows of ``heads`` in every forward inside the ``with`` block.
+
+    Args:
+        model: A transformers model, or a PeftModel around one.
+        heads: The selected query heads.
+        queries: int64 (batch, n_queries), or (n_queries,) for every sample: positions in the padded batch; negative
+            ones count from the right end as in Python. None takes every position.
+        observe: What to compute in each selected layer; by default the rows themselves. It runs inside the layer, so
+            that activation checkpointing recomputes what it needs.
+        keep_graph: Refuse captured values without a gradient (a term of a loss), naming the likely cause.
+        gradient_targets: Keep each call in ``calls`` and make its output differentiable (for the sensitivity).
+
+    Inside the block ``rows[layer]`` is (batch, n_selected, n_queries, n_keys), float32 (float64 for float64 models),
+    differentiable; rows sum to 1, rows whose query is padding (by the forward's 2D ``attention_mask``) are 0, and
+    they are taken before attention dropout. They are those of the latest forward; a recomputation by activation
+    checkpointing is not counted again. ``backward`` must run inside the block.
+
+    Raises:
+        CaptureError: A layer or head does not exist, the model has no attention, reentrant checkpointing is on while
+            a gradient is wanted, an eager kernel applies dropout, or a selected layer ran without the interface.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: HeadSelection,
+        queries: Tensor | None = None,
+        *,
+        observe: Observer | None = None,
+        keep_graph: bool = False,
+        gradient_targets: bool = False,
+    ) -> None:
+        self.model = model
+        self.heads = heads
+        self.keep_graph = keep_graph
+        self.gradient_targets = gradient_targets
+        self.values: dict[int, Tensor] = {}
+        self.calls: dict[int, AttentionCall] = {}
+        self._observe = observe or _rows_of
+        self._queries = None if queries is None else _checked_queries(queries)
+        self._modules = _selected_modules(model, heads)
+        self._padding: Tensor | None = None
+        self._in_forward = False
+        self._seen: set[int] = set()
+        self._stack = ExitStack()
+
+    @property
+    def rows(self) -> dict[int, Tensor]:
+        """Captured values of the latest forward, by layer."""
+        return self.values
+
+    def __enter__(self) -> AttentionTap:
+        if torch.is_grad_enabled() and support.uses_reentrant_checkpointing(self.model):
+            raise CaptureError(
+                "reentrant activation checkpointing makes the captured attention a constant without a gradient; call "
+                "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}) instead."
+            )
+        with ExitStack() as undo:
+            root = support.base_transformer(self.model)
+            self._hook(undo, root.register_forward_pre_hook(self._start, with_kwargs=True))
+            self._hook(undo, root.register_forward_hook(self._finish, always_call=True))
+            for layer, module in self._modules.items():
+                self._listen(undo, layer, module)
+            self._stack = undo.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        self._in_forward = False
+        self._padding = None
+        self.calls = {}
+
+    def observe(self, layer: int, call: AttentionCall) -> None:
+        """Take one layer's call. A recomputation runs the observer again (its saved tensors are needed), uncounted."""
+        value = self._observe(layer, call)
+        if not self._in_forward or layer in self._seen:
+            return
+        self._seen.add(layer)
+        if self.keep_graph and not value.requires_grad:
+            raise CaptureError(
+                f"the attention captured in layer {layer} has no gradient, so distilling it would change nothing; use "
+                f"non-reentrant checkpointing (use_reentrant=False) and an adapter on the attention or below it."
+            )
+        self.values[layer] = value
+        if self.gradient_targets:
+            self.calls[layer] = call
+
+    def query_selection(self, batch: int, length: int, device: torch.device) -> QuerySelection:
+        """The positions asked for, in a forward of ``batch`` samples and ``length`` positions."""
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if self._padding is not None and self._padding.shape[0] == batch:
+            real = self._padding[:, -length:].to(device).bool()
+        if self._queries is None:
+            positions = torch.arange(length, device=device).expand(batch, length)
+            return QuerySelection(positions, real, every=True)
+        positions = _positions(self._queries, batch, length).to(device)
+        return QuerySelection(positions, real.gather(1, positions), every=False)
+
+    @staticmethod
+    def _hook(undo: ExitStack, handle: Any) -> None:
+        undo.callback(handle.remove)
+
+    def _listen(self, undo: ExitStack, layer: int, module: nn.Module) -> None:
+        _LISTENERS.setdefault(module, []).append(self)
+        undo.callback(_LISTENERS[module].remove, self)
+        if support.implementation(module) == support.EAGER:
+            self._hook(undo, module.register_forward_hook(self._read_weights(layer)))
+            return
+        self._hook(undo, module.register_forward_pre_hook(_switch_on))
+        self._hook(undo, module.register_forward_hook(self._check_seen(layer), always_call=True))
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._in_forward = True
+        self._seen = set()
+        self.values = {}
+        self.calls = {}
+
+    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._in_forward = False
+
+    def _check_seen(self, layer: int) -> Callable[..., None]:
+        def check(module: nn.Module, args: Any, output: Any) -> None:
+            _switch_off(module)
+            if output is not None and self._in_forward and layer not in self._seen:
+                raise CaptureError(
+                    f"layer {layer} ({type(module).__name__}) computed its attention without transformers' attention "
+                    f"interface, so it cannot be tapped; load the model with attn_implementation='eager'."
+                )
+
+        return check
+
+    def _read_weights(self, layer: int) -> Callable[..., None]:
+        heads = torch.tensor(self.heads[layer])
+
+        def read(module: nn.Module, args: Any, output: Any) -> None:
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if not isinstance(weights, Tensor) or weights.dim() != 4:
+                raise CaptureError(
+                    f"layer {layer} ({type(module).__name__}) returned no attention weights; pass "
+                    f"output_attentions=True to the forward, or load the model with attn_implementation='sdpa'."
+                )
+            if support.drops_attention(module):
+                raise CaptureError(
+                    f"layer {layer} ({type(module).__name__}) applies attention dropout, so its eager weights are no "
+                    f"distribution; set the attention dropout to 0, or use attn_implementation='sdpa'."
+                )
+            batch, _, length, _ = weights.shape
+            queries = self.query_selection(batch, length, weights.device)
+            self.observe(layer, EagerCall(weights, heads.to(weights.device), queries))
+
+        return read
+
+
+def _rows_of(layer: int, call: AttentionCall) -> Tensor:
+    return call.rows()
+
+
+def _selected_modules(model: nn.Module, heads: HeadSelection) -> dict[int, nn.Module]:
+    modules = support.attention_modules(model)
+    _, n_heads = support.head_shape(model)
+    for layer, indices in heads.items():
+        if layer not in modules:
+            raise CaptureError(
+                f"layer {layer} of the selection does not exist; the attention layers are {_spans(modules)}."
+            )
+        if indices[-1] >= n_heads:
+            raise CaptureError(
+                f"head {indices[-1]} of layer {layer} does not exist; the model has heads 0..{n_heads - 1}."
+            )
+    return {layer: modules[layer] for layer in heads}
+
+
+def _spans(modules: dict[int, nn.Module]) -> str:
+    layers = sorted(modules)
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}..{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def _checked_queries(queries: Tensor) -> Tensor:
+    if queries.dim() not in (1, 2) or queries.is_floating_point() or queries.numel() == 0:
+        raise CaptureError(
+            f"queries must be whole numbers of shape (batch, n_queries), got {queries.dtype} of shape "
+            f"{tuple(queries.shape)}; pass None for every position."
+        )
+    return queries.long()
+
+
+def _positions(queries: Tensor, batch: int, length: int) -> Tensor:
+    lowest, highest = int(queries.min()), int(queries.max())
+    if lowest < -length or highest >= length:
+        bad = highest if highest >= length else lowest
+        raise CaptureError(
+            f"query position {bad} is outside the batch, which has positions 0..{length - 1} "
+            f"(or {-length}..-1 from the right)."
+        )
+    if queries.dim() == 2 and queries.shape[0] != batch:
+        raise CaptureError(
+            f"queries are for {queries.shape[0]} samples but the forward has {batch}; pass shape (batch, n_queries)."
+        )
+    return torch.where(queries < 0, queries + length, queries).expand(batch, -1)
+
+
+def _switch_on(module: nn.Module, args: Any) -> None:
+    name = support.implementation(module)
+    if not name.startswith(_PREFIX):
+        support.set_implementation(module, _tapped_twin(module, name))
+
+
+def _switch_off(module: nn.Module) -> None:
+    name = support.implementation(module)
+    if name.startswith(_PREFIX):
+        support.set_implementation(module, name.removeprefix(_PREFIX))
+
+
+def _tapped_twin(module: nn.Module, name: str) -> str:
+    """Register (once) the tapped twin of attention function ``name`` and return its name."""
+    from transformers import AttentionInterface
+
+    functions = support.attention_functions(module)
+    if functions is None or name not in functions:
+        # The module does not dispatch by name; the check after its forward says so.
+        return name
+    twin = _PREFIX + name
+    if twin not in functions:
+        AttentionInterface.register(twin, _tapped_forward)
+    return twin
+
+
+def _tapped_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Run the stock kernel on the same arguments, then show q, k, v to the taps that listen to this module."""
+    _switch_off(module)
+    refused = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if refused:
+        raise CaptureError(
+            f"{type(module).__name__} uses {refused[0]}, which changes the softmax; load the model with "
+            f"attn_implementation='eager' to capture its attention."
+        )
+    stock = support.attention_functions(module)[support.implementation(module)]
+    output, weights = stock(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
+    for tap in tuple(_LISTENERS.get(module, ())):
+        if tap.gradient_targets and not output.requires_grad and torch.is_grad_enabled():
+            output.requires_grad_()
+        queries = tap.query_selection(query.shape[0], query.shape[2], query.device)
+        layer = int(module.layer_idx)
+        call = InterfaceCall(
+            query=query,
+            key=key,
+            value=value,
+            attention_mask=attention_mask,
+            position_bias=kwargs.get("position_bias"),
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            causal=query.shape[2] > 1 and support.is_causal(module, kwargs.get("is_causal")),
+            sliding_window=_sliding_window(module, attention_mask, kwargs),
+            heads=torch.tensor(tap.heads[layer], device=query.device),
+            queries=queries,
+            gradient_target=output,
+        )
+        tap.observe(layer, call)
+    return output, weights
+
+
+def _sliding_window(module: nn.Module, attention_mask: object, kwargs: dict[str, Any]) -> int | None:
+    """The window that the kernel itself applies: only flash attention does; the others get it in their mask."""
+    if "flash" in support.implementation(module):
+        return kwargs.get("sliding_window")
+    return None

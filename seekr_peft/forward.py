@@ -1,0 +1,50 @@
+"""One forward of a causal model that returns logits only where an answer token is predicted. May import ``losses``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .attention.support import base_transformer
+from .losses import answer_positions
+
+
+def answer_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Run ``model`` on (batch, T) inputs.
+
+    Returns:
+        ``(logits, targets)``: (n_answer, vocabulary) in the model's dtype and (n_answer,) int64, in order of sample
+        and position. The LM head runs only on the columns in which some sample predicts an answer token.
+    """
+    sample, position, targets = answer_positions(labels)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if not _keeps_logits(model):
+        return model(**inputs).logits[sample, position], targets
+    columns, place = position.unique(return_inverse=True)
+    logits = model(**inputs, logits_to_keep=columns).logits
+    return logits[sample, place], targets
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; each module's own mode is restored on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the input embeddings."""
+    return base_transformer(model).get_input_embeddings().weight.device
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(base_transformer(model).forward).parameters

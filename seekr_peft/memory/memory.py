@@ -1,0 +1,66 @@
+"""``ReplayMemory``: the memories of all finished tasks and the endless, seeded order in which they are replayed.
+
+May import ``storage``, ``batch``, ``samples`` and ``errors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .batch import ReplayBatch, collate
+from .storage import TaskMemory
+
+
+class ReplayMemory:
+    """Replay samples and teacher signals of finished tasks, on disk and memory-mapped.
+
+    ``tasks`` is in the order of training. ``stream`` walks all samples in a seeded order, reshuffled each pass, so
+    every sample is replayed equally often.
+    """
+
+    def __init__(self, tasks: list[TaskMemory] | None = None) -> None:
+        self.tasks: list[TaskMemory] = list(tasks or [])
+
+    @classmethod
+    def open(cls, directories: list[Path]) -> ReplayMemory:
+        """Open the task directories of a run; MemoryFormatError when one cannot be read."""
+        return cls([TaskMemory(directory) for directory in directories])
+
+    def __len__(self) -> int:
+        return sum(len(task) for task in self.tasks)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk, over all tasks."""
+        return sum(task.bytes for task in self.tasks)
+
+    def add(self, task: TaskMemory) -> None:
+        """Append a finished task's memory."""
+        self.tasks.append(task)
+
+    def batch(self, places: list[tuple[int, int]], pad_token_id: int = 0) -> ReplayBatch:
+        """The batch of the samples at ``places``, pairs of task index and sample index."""
+        return collate(
+            [self.tasks[task].sample(index) for task, index in places],
+            [self.tasks[task].selection for task, _ in places],
+            [self.tasks[task].signals(index) for task, index in places],
+            pad_token_id,
+        )
+
+    def stream(self, batch_size: int, seed: int, pad_token_id: int = 0) -> Iterator[ReplayBatch]:
+        """Batches without end; the last of a pass may be filled from the next pass. Nothing when empty."""
+        places = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
+        if not places:
+            return
+        generator = torch.Generator().manual_seed(seed)
+        size = min(batch_size, len(places))
+        queue: list[tuple[int, int]] = []
+        while True:
+            while len(queue) < size:
+                order = torch.randperm(len(places), generator=generator).tolist()
+                queue.extend(places[i] for i in order)
+            yield self.batch(queue[:size], pad_token_id)
+            queue = queue[size:]

@@ -1,0 +1,99 @@
+"""Replay samples: which training samples are kept, and which of their query positions. May import ``config``, ``errors``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+SampleSelector = Callable[[Any, int, int], Sequence[int]]
+"""``(dataset, count, seed) -> indices`` of the samples to keep."""
+
+
+@dataclass(frozen=True)
+class ReplaySample:
+    """One kept training sample: ``input_ids`` and ``labels`` int64 (T,), ``queries`` int64 (n_queries,) sorted
+    positions in 0..T-1, drawn once. No padding."""
+
+    input_ids: Tensor
+    labels: Tensor
+    queries: Tensor
+
+
+def replay_count(n_train: int, replay_ratio: float) -> int:
+    """Samples kept out of ``n_train``: the ratio rounded, at least 1."""
+    return max(1, min(n_train, round(n_train * replay_ratio)))
+
+
+def select_random(dataset: Any, count: int, seed: int) -> list[int]:
+    """A seeded draw without replacement, in ascending order (the paper's choice)."""
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(len(dataset), generator=generator)[:count].tolist())
+
+
+def select_first(dataset: Any, count: int, seed: int) -> list[int]:
+    """The first samples (the released code's choice)."""
+    return list(range(count))
+
+
+SELECTORS: dict[str, SampleSelector] = {"random": select_random, "first": select_first}
+
+
+def draw_queries(length: int, budget: int | None, seed: int) -> Tensor:
+    """``min(budget, length)`` query positions of a sample of ``length`` tokens, sorted, seeded; None takes all."""
+    if budget is None or budget >= length:
+        return torch.arange(length)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(length, generator=generator)[:budget].sort().values
+
+
+def choose_samples(
+    dataset: Any,
+    replay_ratio: float,
+    query_budget: int | None,
+    seed: int,
+    selector: SampleSelector = select_random,
+) -> list[ReplaySample]:
+    """Draw the replay samples of a task from its tokenised training set.
+
+    Args:
+        dataset: Sized and indexable; each item has ``input_ids`` and ``labels`` (answer tokens, -100 elsewhere),
+            without padding or with an ``attention_mask`` that marks it.
+
+    Raises:
+        DataError: The set is empty, is not tokenised, or a chosen sample has no answer token.
+    """
+    if len(dataset) == 0:
+        raise DataError("replay_from is empty; a task needs at least one training sample.")
+    count = replay_count(len(dataset), replay_ratio)
+    indices = list(selector(dataset, count, seed))
+    return [_sample(dataset[int(index)], int(index), query_budget, seed) for index in indices]
+
+
+def _sample(item: Any, index: int, query_budget: int | None, seed: int) -> ReplaySample:
+    for key in ("input_ids", "labels"):
+        if key not in item:
+            raise DataError(
+                f"sample {index} of replay_from has no {key!r} (it has {', '.join(sorted(item))}); tokenise the task "
+                f"first: task.tokenized(tokenizer)."
+            )
+    input_ids, labels = torch.as_tensor(item["input_ids"]), torch.as_tensor(item["labels"])
+    if "attention_mask" in item:
+        real = torch.as_tensor(item["attention_mask"]).bool()
+        input_ids, labels = input_ids[real], labels[real]
+    if not (labels[1:] != -100).any():
+        raise DataError(
+            f"sample {index} of replay_from has no answer token (every label is -100), so there is nothing to replay; "
+            f"raise max_length or drop the sample."
+        )
+    queries = draw_queries(len(input_ids), query_budget, _mixed(seed, index))
+    return ReplaySample(input_ids.long(), labels.long(), queries)
+
+
+def _mixed(seed: int, index: int) -> int:
+    return (seed * 1_000_003 + index * 7_919 + 17) % 2**31

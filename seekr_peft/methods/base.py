@@ -1,0 +1,275 @@
+"""``ContinualMethod``: what the trainer and a run know of any method. May import everything below ``methods``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..adapters import AdapterStack, Mode
+from ..config import SeekrConfig
+from ..errors import ConfigError, RunError
+from ..losses import ReplayTerms
+
+logger = logging.getLogger("seekr_peft")
+
+STATE_FILE = "method.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class ContinualMethod:
+    """Train one task after another on ``model`` and lose as little as possible.
+
+    A method is used like this, by ``ContinualTrainer`` or by hand::
+
+        with method.task(name, replay_from=train):      # adapters.begin, before_training
+            method.start_training(total_steps, epochs)
+            ... for each step: train on the new task; if method.replay_due(step):
+                with method.replay_terms(model) as terms: terms.total.backward()
+                                                        # on exit: after_training, save, freeze
+
+    Subclasses override ``before_training``, ``after_training``, ``replay_due`` and ``replay_terms``.
+
+    Args:
+        model: A PeftModel with one LoRA adapter, which serves as the template of the tasks' adapters.
+        config: Every knob; defaults to ``SeekrConfig()``.
+        directory: Where finished tasks are written (``tasks/NN-name/``); None uses a temporary directory that lives
+            as long as this object: call ``save_pretrained`` to keep it.
+        adapter_mode, rank_limit: See ``AdapterStack``.
+    """
+
+    name: ClassVar[str] = ""
+    uses_replay: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: PeftModel,
+        config: SeekrConfig | None = None,
+        *,
+        directory: str | Path | None = None,
+        adapter_mode: Mode = "stack",
+        rank_limit: int | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config or SeekrConfig()
+        self.stack = AdapterStack(model, adapter_mode, rank_limit)
+        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="seekr-peft-")
+        self.directory = Path(directory or self._temporary.name)  # type: ignore[union-attr]
+        self.task_names: list[str] = []
+        self.current_task: str | None = None
+        self._step = 0
+
+    # For subclasses ---------------------------------------------------------------------------------------------
+
+    def before_training(self, replay_from: Any) -> None:
+        """Called when a task begins, after its adapter was made."""
+
+    def after_training(self, directory: Path) -> None:
+        """Called when a task has been trained; what belongs to the task is written into ``directory``."""
+
+    def after_restore(self, directories: list[Path]) -> None:
+        """Called when finished tasks were restored from disk."""
+
+    def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
+        """Called when the length of the task's training is known (None: unknown)."""
+
+    def replay_due(self, step: int) -> bool:
+        """Whether optimiser step ``step`` of the task (from 0) has a replay batch."""
+        return False
+
+    @contextmanager
+    def replay_terms(self, model: nn.Module) -> Iterator[ReplayTerms]:
+        """The next replay batch's loss; ``backward`` must run inside the block (checkpointing recomputes there)."""
+        raise NotImplementedError(f"method {self.name!r} has no replay")
+        yield
+
+    # A task -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def task(self, name: str, replay_from: Any = None, optimizer_steps: int | None = None) -> Iterator[ContinualMethod]:
+        """Train task ``name`` inside the block; on exit it is scored, remembered, saved and frozen.
+
+        Args:
+            name: Also a folder name: letters, digits, ``.``, ``_``, ``-``; new in this sequence.
+            replay_from: The task's tokenised training set; required by methods with a replay memory.
+            optimizer_steps: Length of the training, for a hand-written loop (``ContinualTrainer`` knows it).
+
+        An exception inside the block drops the task's adapter; the earlier tasks stay as they were.
+        """
+        self._check_name(name)
+        if self.uses_replay and replay_from is None:
+            raise ConfigError(
+                f"task {name!r}: method {self.name!r} keeps a replay memory, so pass replay_from=<tokenised training set>."
+            )
+        self.stack.begin()
+        self.current_task = name
+        self._step = 0
+        try:
+            self.before_training(replay_from)
+            self.start_training(optimizer_steps)
+            yield self
+            self._finish(name)
+        except BaseException:
+            if self.stack.current is not None:
+                self.stack.abandon()
+            raise
+        finally:
+            self.current_task = None
+
+    def replay_loss(self) -> Tensor | None:
+        """For a hand-written loop: call once per optimiser step; None when no replay is due, else a loss to add.
+
+        The gradient is computed here and handed over by the returned scalar's backward, so that it is right under
+        activation checkpointing wherever ``backward`` is called, and the two graphs never exist at the same time.
+        """
+        step, self._step = self._step, self._step + 1
+        if self.current_task is None:
+            raise RunError("replay_loss() was called outside `with method.task(...)`; call it while a task is trained.")
+        if not self.replay_due(step):
+            return None
+        parameters = list(self.stack.parameters().values())
+        with self.replay_terms(self.model) as terms:
+            gradients = torch.autograd.grad(terms.total, parameters, allow_unused=True)
+        kept = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        return _GivenGradient.apply(terms.total.detach(), [g for _, g in kept], *[p for p, _ in kept])
+
+    # Files ------------------------------------------------------------------------------------------------------
+
+    def task_directory(self, index: int, name: str) -> Path:
+        """``tasks/NN-name`` of the ``index``-th task (from 0)."""
+        return self.directory / "tasks" / f"{index + 1:02d}-{name}"
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write everything that ``from_pretrained`` needs, and ``adapter/``, the consolidated plain PEFT adapter."""
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != self.directory.resolve():
+            shutil.copytree(self.directory, target, dirs_exist_ok=True)
+        self._write_state(target)
+        self.stack.export(target / "adapter")
+
+    @classmethod
+    def from_pretrained(cls, model: PeftModel, directory: str | Path) -> Any:
+        """Go on from ``save_pretrained``, on a fresh PeftModel over the same base; later tasks are written there too.
+
+        Raises:
+            RunError: The directory is missing, incomplete, or of another method.
+        """
+        state = read_method_state(Path(directory))
+        if state["method"] != cls.name:
+            raise RunError(
+                f"{directory} was written by method {state['method']!r}, not {cls.name!r}; load it with that method."
+            )
+        method = cls(
+            model,
+            SeekrConfig.from_mapping(state["config"]),
+            directory=directory,
+            adapter_mode=state["adapter_mode"],
+            rank_limit=state["rank_limit"],
+        )
+        method.restore(state["tasks"])
+        return method
+
+    def restore(self, names: list[str]) -> None:
+        """Rebuild adapters and memory after the finished tasks ``names`` from ``directory``; later ones are deleted."""
+        directories = [self.task_directory(i, name) for i, name in enumerate(names)]
+        kept = {path.name for path in directories}
+        for path in self._found_directories():
+            if path.name not in kept:
+                shutil.rmtree(path)
+        self.stack.restore([path / "adapter" for path in directories])
+        self.task_names = list(names)
+        self.after_restore(directories)
+
+    def _found_directories(self) -> list[Path]:
+        tasks = self.directory / "tasks"
+        return sorted(path for path in tasks.iterdir() if path.is_dir()) if tasks.is_dir() else []
+
+    def _finish(self, name: str) -> None:
+        self.stack.check_frozen_unchanged()
+        target = self.task_directory(len(self.task_names), name)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.after_training(partial)
+        self.stack.save_current(partial / "adapter")
+        os.replace(partial, target)
+        self.after_saving(target)
+        consolidation = self.stack.finish()
+        if consolidation and consolidation.discarded_energy > 0:
+            logger.warning(
+                "task %s: the earlier adapters were cut to rank %d, which discards %.3g of their squared singular values "
+                "(%.3g in the worst module); raise rank_limit to keep more.",
+                name,
+                consolidation.rank,
+                consolidation.discarded_energy,
+                consolidation.worst_module_energy,
+            )
+        self.task_names.append(name)
+        self._write_state(self.directory)
+
+    def after_saving(self, directory: Path) -> None:
+        """Called when the task's directory is in its final place."""
+
+    def _write_state(self, directory: Path) -> None:
+        write_json(
+            directory / STATE_FILE,
+            {
+                "method": self.name,
+                "config": self.config.to_dict(),
+                "adapter_mode": self.stack.mode,
+                "rank_limit": self.stack.rank_limit,
+                "tasks": self.task_names,
+            },
+        )
+
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"task name {name!r} must be a folder name of letters, digits, '.', '_' and '-', starting with a letter or digit."
+            )
+        if name in self.task_names:
+            raise ConfigError(f"task name {name!r} is already used in this sequence; give each task its own name.")
+        if self.current_task is not None:
+            raise RunError(f"task {self.current_task!r} is still open; tasks cannot be nested.")
+
+
+class _GivenGradient(torch.autograd.Function):
+    """A scalar whose backward hands out gradients that were computed before."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *[gradient * outer[0] for gradient in ctx.gradients])
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_method_state(directory: Path) -> dict[str, Any]:
+    """Read ``method.json``; RunError when it is missing or broken."""
+    path = directory / STATE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); save_pretrained writes it.") from error

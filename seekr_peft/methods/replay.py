@@ -1,0 +1,87 @@
+"""Plain replay: train on the labels of the kept samples again. May import ``base``, ``rhythm`` and ``memory``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..attention.support import base_transformer
+from ..config import SeekrConfig
+from ..forward import answer_logits, model_device
+from ..losses import ReplayTerms, combine, label_loss
+from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples
+from ..memory.samples import SELECTORS, SampleSelector
+from .base import ContinualMethod
+from .rhythm import Rhythm, plan_rhythm
+
+
+class Replay(ContinualMethod):
+    """Keep a share of each task's samples and train on their labels while later tasks are learnt.
+
+    ``select_samples(dataset, count, seed) -> indices`` replaces the configured choice of samples.
+    """
+
+    name: ClassVar[str] = "replay"
+    uses_replay: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: Any,
+        config: SeekrConfig | None = None,
+        *,
+        select_samples: SampleSelector | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, config, **options)
+        self.memory = ReplayMemory()
+        self.rhythm = Rhythm(0)
+        self._select = select_samples or SELECTORS[self.config.sample_selection]
+        self._samples: list[ReplaySample] = []
+        self._stream: Iterator[ReplayBatch] = iter(())
+
+    def before_training(self, replay_from: Any) -> None:
+        """Draw the task's replay samples and start the stream over the earlier tasks' ones."""
+        seed = self.config.seed + len(self.task_names)
+        self._samples = choose_samples(
+            replay_from, self.config.replay_ratio, self.config.query_budget, seed, self._select
+        )
+        pad = getattr(base_transformer(self.model).config.get_text_config(), "pad_token_id", None)
+        self._stream = self.memory.stream(self.config.replay_batch_size, seed, pad or 0)
+
+    def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
+        """Plan when replay batches fall due."""
+        config = self.config
+        self.rhythm = plan_rhythm(
+            len(self.memory),
+            config.replay_batch_size,
+            total_steps,
+            epochs,
+            config.min_replay_passes,
+            config.replay_every,
+        )
+
+    def replay_due(self, step: int) -> bool:
+        return self.rhythm.due(step)
+
+    @contextmanager
+    def replay_terms(self, model: nn.Module) -> Iterator[ReplayTerms]:
+        batch = next(self._stream).to(model_device(self.model))
+        logits, targets = answer_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
+        yield self._label_terms(logits, targets)
+
+    def after_training(self, directory: Path) -> None:
+        """Write the samples."""
+        TaskMemory.write(directory, str(self.current_task), self._samples)
+
+    def after_saving(self, directory: Path) -> None:
+        self.memory.add(TaskMemory(directory))
+
+    def after_restore(self, directories: list[Path]) -> None:
+        self.memory = ReplayMemory.open(directories)
+
+    def _label_terms(self, logits: Tensor, targets: Tensor) -> ReplayTerms:
+        return combine(label_loss(logits, targets), None, None, 1.0, 0.0)

@@ -1,0 +1,215 @@
+"""SEEKR: replay with the teacher's logits and with the attention of the heads that matter. May import ``replay``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..attention import AttentionTap, head_shape
+from ..attention.call import AttentionCall
+from ..attention.support import base_transformer
+from ..config import budget_count
+from ..errors import MemoryFormatError
+from ..forward import answer_logits, model_device
+from ..heads import HeadSelection, ImportanceRecord
+from ..losses import ReplayTerms, combine, label_loss, logits_kl
+from ..memory import ReplayBatch, TaskMemory, TeacherQuality, estimate_bytes
+from ..scoring import score_heads, teach
+from .base import logger
+from .replay import Replay
+
+IMPORTANCE_FILE = "importance.safetensors"
+
+
+class Seekr(Replay):
+    """Selective attention-guided knowledge retention (SEEKR, arXiv 2411.06171) over LoRA adapters.
+
+    After each task every head is scored on the task's replay samples, the important ones are selected, and the
+    model's attention rows (of those heads) and answer distributions are stored. While later tasks are trained, each
+    replay step adds  lambda1 * L_replay + (1 - lambda1) * L_logits + lambda2 * L_attention.
+    """
+
+    name: ClassVar[str] = "seekr"
+
+    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.importance = ImportanceRecord()
+        self.selections: list[HeadSelection] = []
+        self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
+        # Refuse a model without attention now, not after the first task.
+        self._shape = head_shape(model)
+
+    def after_training(self, directory: Path) -> None:
+        """Score the heads, select, and store samples, rows and logits."""
+        config = self.config
+        estimate = self.estimated_bytes()
+        logger.info(
+            "task %s: remembering %d samples, about %.2f MB on disk",
+            self.current_task,
+            len(self._samples),
+            estimate / 1e6,
+        )
+        selection = self._score_and_select() if config.attention_distillation else HeadSelection({})
+        signals, loss, entropy = teach(
+            self.model,
+            self._samples,
+            selection,
+            config.row_top_k,
+            config.logit_top_k if config.logits_distillation else 0,
+        )
+        worth = loss <= config.teacher_loss_limit and entropy <= config.teacher_entropy_limit
+        if not worth:
+            logger.warning(
+                "task %s: its teacher is a poor one (%.2f nats a token on its own replay samples, answer entropy %.2f "
+                "nats); imitating it can be worse than plain replay: train this task longer.",
+                self.current_task,
+                loss,
+                entropy,
+            )
+        TaskMemory.write(
+            directory,
+            str(self.current_task),
+            self._samples,
+            signals,
+            selection,
+            TeacherQuality(loss, entropy, worth),
+            config.storage_dtype,
+            {
+                "estimated_bytes": estimate,
+                "queries_per_sample": max(len(sample.queries) for sample in self._samples),
+                "row_top_k": config.row_top_k,
+                "logit_top_k": config.logit_top_k,
+                "model": self._model_identity(),
+            },
+        )
+
+    def after_saving(self, directory: Path) -> None:
+        super().after_saving(directory)
+        if self._pending is not None:
+            self.importance, selection = self._pending
+            self.selections.append(selection)
+            self._pending = None
+            self._save_importance()
+
+    def after_restore(self, directories: list[Path]) -> None:
+        super().after_restore(directories)
+        for task in self.memory.tasks:
+            found = task.header.get("model")
+            if found != self._model_identity():
+                raise MemoryFormatError(
+                    f"{task.directory} was written for a model with {found}, this one has {self._model_identity()}; "
+                    f"load the base model that the run was trained on."
+                )
+        self.selections = [task.selection for task in self.memory.tasks]
+        if self.config.attention_distillation and directories:
+            self._load_importance([path.name for path in directories])
+
+    def estimated_bytes(self) -> int:
+        """Bytes that the current task's memory will take, before anything is computed."""
+        config = self.config
+        n_layers, n_heads = self._shape
+        layers = budget_count(config.layer_budget, n_layers)
+        heads = layers * n_heads
+        if config.head_choice == "all":
+            layers, heads = n_layers, n_layers * n_heads
+        elif config.head_budget is not None:
+            heads = min(heads, budget_count(config.head_budget, n_layers * n_heads))
+        if not config.attention_distillation:
+            layers = heads = 0
+        return estimate_bytes(
+            self._samples,
+            heads,
+            config.row_top_k,
+            config.logit_top_k if config.logits_distillation else 0,
+            int(base_transformer(self.model).config.get_text_config().vocab_size),
+            config.storage_dtype,
+            min(layers, heads),
+        )
+
+    @contextmanager
+    def replay_terms(self, model: nn.Module) -> Iterator[ReplayTerms]:
+        batch = next(self._stream).to(model_device(self.model))
+        with AttentionTap(self.model, batch.heads, batch.queries, observe=_row_loss(batch), keep_graph=True) as tap:
+            logits, targets = answer_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
+            attention: Tensor | None = None
+            if tap.values:
+                attention = torch.stack(list(tap.values.values())).sum()
+            teacher = batch.logits
+            yield combine(
+                label_loss(logits, targets),
+                logits_kl(logits, teacher) if teacher is not None else None,
+                attention,
+                self.config.lambda1,
+                self.config.lambda2,
+            )
+
+    def _score_and_select(self) -> HeadSelection:
+        config = self.config
+        scores = score_heads(self.stack, self._samples, config.norm, config.sensitivity_queries == "all")
+        record = self.importance.extended(scores.forgettability, scores.sensitivity)
+        selection = record.select(
+            config.head_choice,
+            config.layer_budget,
+            config.head_budget,
+            accumulate=config.accumulate,
+            seed=config.seed + len(self.task_names),
+        )
+        # Taken over only once the task is on disk: a failure before that leaves the earlier tasks' record as it was.
+        self._pending = (record, selection)
+        return selection
+
+    def _model_identity(self) -> dict[str, int | str]:
+        config = base_transformer(self.model).config.get_text_config()
+        n_layers, n_heads = self._shape
+        return {
+            "model_type": config.model_type,
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "vocabulary": int(config.vocab_size),
+        }
+
+    def _save_importance(self) -> None:
+        record, shape = self.importance, self._shape
+        tensors = {
+            "forgettability": record.total_forgettability().float(),
+            "sensitivity": record.total_sensitivity().float(),
+            "importance": record.importance(self.config.accumulate).float(),
+        }
+        names = [task.directory.name for task in self.memory.tasks]
+        for name, change, gradient, selection in zip(
+            names, record.forgettability, record.sensitivity, self.selections, strict=True
+        ):
+            # float64: a resumed run must select the very same heads.
+            tensors[f"forgettability.{name}"] = change.clone()
+            tensors[f"sensitivity.{name}"] = gradient.clone()
+            tensors[f"selected.{name}"] = selection.mask(*shape)
+        temporary = self.directory / f".{IMPORTANCE_FILE}.partial"
+        save_file(tensors, temporary)
+        temporary.replace(self.directory / IMPORTANCE_FILE)
+
+    def _load_importance(self, names: list[str]) -> None:
+        path = self.directory / IMPORTANCE_FILE
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    self.importance.forgettability.append(file.get_tensor(f"forgettability.{name}"))
+                    self.importance.sensitivity.append(file.get_tensor(f"sensitivity.{name}"))
+        except Exception as error:
+            raise MemoryFormatError(
+                f"{path} cannot be read ({error}); the run directory is incomplete, start it again without --resume."
+            ) from error
+
+
+def _row_loss(batch: ReplayBatch) -> Any:
+    def observe(layer: int, call: AttentionCall) -> Tensor:
+        teacher = batch.layers[layer]
+        return call.row_kl(teacher.rows, teacher.weights)
+
+    return observe

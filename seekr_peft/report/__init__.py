@@ -1,0 +1,35 @@
+"""What a run looks like: one HTML page, its figures, and a summary for the terminal.
+
+reading.py turns a run directory into a `RunRecord`, figures.py draws, page.py writes the pages and
+inspect.py prints. Nothing here imports torch, and matplotlib is loaded only when a page is asked
+for. Imports nothing but errors.py from the rest of the package.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seekr_peft.report.inspect import render_inspection
+    from seekr_peft.report.page import write_comparison, write_report
+    from seekr_peft.report.reading import RunRecord, read_run
+
+__all__ = ["RunRecord", "read_run", "render_inspection", "write_comparison", "write_report"]
+
+_HOME = {
+    "RunRecord": "reading",
+    "read_run": "reading",
+    "render_inspection": "inspect",
+    "write_comparison": "page",
+    "write_report": "page",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module a public name lives in on first use, so that reading a run needs no
+    matplotlib.
+    """
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,165 @@
+"""What a finished task changed and what it leans on: forgettability, sensitivity and the teacher's signals.
+
+Everything streams over the replay samples one at a time; nothing is kept between samples but sums. May import
+``attention``, ``heads``, ``losses``, ``forward``, ``memory`` and ``adapters``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import AdapterStack
+from .attention import AttentionTap, TeacherRows, head_shape
+from .attention.call import AttentionCall
+from .attention.support import attention_modules, base_transformer
+from .config import Norm
+from .forward import answer_logits, evaluation_mode, model_device
+from .heads import HeadSelection
+from .losses import TeacherDistributions, answer_entropy, label_loss
+from .memory import ReplaySample, TeacherSignals
+
+Progress = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """``forgettability`` and un-normalised ``sensitivity``, float64 (n_layers, n_heads): means over the samples."""
+
+    forgettability: Tensor
+    sensitivity: Tensor
+
+
+def score_heads(
+    stack: AdapterStack,
+    samples: Sequence[ReplaySample],
+    norm: Norm = "frobenius",
+    every_query: bool = False,
+    progress: Progress | None = None,
+) -> HeadScores:
+    """Score every head on the replay samples of the task that has just been trained.
+
+    Forgettability: mean over samples of ||A^k - A^(k-1)||_F over the sample's queries, from two forwards with
+    different adapters active. Sensitivity: mean over samples of ||dL/dA||_F over the same queries (or all of them),
+    where L is the sample's loss; from the gradient of each layer's attention output, so that no T x T array exists.
+    ``norm="mean_square"`` takes the mean of squares over (queries x keys) instead, as the released code does.
+
+    Source: SEEKR (arXiv 2411.06171), section 3.2.
+    """
+    model = stack.model
+    n_layers, n_heads = head_shape(model)
+    heads = HeadSelection({layer: range(n_heads) for layer in attention_modules(model)})
+    scores = torch.zeros(2, n_layers, n_heads, dtype=torch.float64)
+    with evaluation_mode(model), stack.frozen():
+        for sample in samples:
+            with stack.before_task(), torch.no_grad():
+                before = attention_rows(model, sample, heads)
+            with stack.frozen():
+                after, squares = _rows_and_gradients(model, sample, heads, every_query)
+            n_queries = len(sample.input_ids) if every_query else len(sample.queries)
+            for layer in heads:
+                change = (after[layer] - before[layer]).square().sum(dim=(-1, -2))
+                scores[0, layer] += _norm(change, before[layer][0].numel(), norm)
+                entries = n_queries * len(sample.input_ids)
+                scores[1, layer] += _norm(squares[layer], entries, norm)
+            if progress:
+                progress()
+    scores /= len(samples)
+    return HeadScores(scores[0], scores[1])
+
+
+def attention_rows(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> dict[int, Tensor]:
+    """Rows of one sample by layer, (n_selected, n_queries, T) float32."""
+    with AttentionTap(model, heads, queries=sample.queries[None]) as tap:
+        _logits_of(model, sample)
+        return {layer: rows[0] for layer, rows in tap.rows.items()}
+
+
+@torch.no_grad()
+def teach(
+    model: nn.Module,
+    samples: Sequence[ReplaySample],
+    heads: HeadSelection,
+    row_top_k: int,
+    logit_top_k: int,
+    progress: Progress | None = None,
+) -> tuple[list[TeacherSignals], float, float]:
+    """Record the present model as the teacher of ``samples``.
+
+    Args:
+        heads: Whose rows to keep; empty for none.
+        logit_top_k: Entries kept of each answer distribution; 0 keeps no logits.
+
+    Returns:
+        The signals on the CPU, the mean loss and the mean answer entropy, both in nats per answer token.
+    """
+    signals, losses, entropies = [], [], []
+    with evaluation_mode(model):
+        for sample in samples:
+            with AttentionTap(model, heads, queries=sample.queries[None]) as tap:
+                logits, targets = _logits_of(model, sample)
+                rows = {layer: _on_cpu(TeacherRows.from_dense(rows[0], row_top_k)) for layer, rows in tap.rows.items()}
+            distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k) if logit_top_k else None
+            signals.append(TeacherSignals(rows, distributions))
+            losses.append(label_loss(logits, targets).cpu() * len(targets))
+            entropies.append(answer_entropy(logits).sum().cpu())
+            if progress:
+                progress()
+    n_answers = sum(len(signal_targets(sample)) for sample in samples)
+    return signals, float(sum(losses)) / n_answers, float(sum(entropies)) / n_answers
+
+
+def signal_targets(sample: ReplaySample) -> Tensor:
+    """The answer tokens that the sample predicts, (n_answer,)."""
+    labels = sample.labels[1:]
+    return labels[labels != -100]
+
+
+def _rows_and_gradients(
+    model: nn.Module, sample: ReplaySample, heads: HeadSelection, every_query: bool
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Rows after the task, and per layer the sum of squares of dL/dA for each head, (n_heads,)."""
+    embeddings = base_transformer(model).get_input_embeddings()
+    # With every parameter frozen, a graph exists only if the input requires a gradient.
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        with (
+            torch.enable_grad(),
+            AttentionTap(
+                model, heads, queries=sample.queries[None], observe=_detached_rows, gradient_targets=True
+            ) as tap,
+        ):
+            loss = label_loss(*_logits_of(model, sample))
+            calls: dict[int, AttentionCall] = dict(tap.calls)
+            targets = [calls[layer].gradient_target for layer in heads]
+            gradients = torch.autograd.grad(loss, targets)
+            squares = {
+                layer: calls[layer].gradient_squares(gradient, every_query)[0].cpu()
+                for layer, gradient in zip(heads, gradients, strict=True)
+            }
+            return {layer: rows[0] for layer, rows in tap.rows.items()}, squares
+    finally:
+        handle.remove()
+
+
+def _detached_rows(layer: int, call: AttentionCall) -> Tensor:
+    with torch.no_grad():
+        return call.rows()
+
+
+def _logits_of(model: nn.Module, sample: ReplaySample) -> tuple[Tensor, Tensor]:
+    device = model_device(model)
+    input_ids = sample.input_ids[None].to(device)
+    return answer_logits(model, input_ids, torch.ones_like(input_ids), sample.labels[None].to(device))
+
+
+def _norm(squares: Tensor, entries: int, norm: Norm) -> Tensor:
+    squares = squares.double().cpu()
+    return squares.sqrt() if norm == "frobenius" else squares / entries
+
+
+def _on_cpu(rows: TeacherRows) -> TeacherRows:
+    return TeacherRows(rows.indices.cpu(), rows.probabilities.cpu(), rows.remaining.cpu())

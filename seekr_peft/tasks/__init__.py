@@ -1,0 +1,28 @@
+"""Tasks: what a sequence trains and tests on, the formats they are read from, their tokens.
+
+Importing it loads neither datasets nor torch nor transformers.
+"""
+
+from seekr_peft.tasks.formats import FORMATS
+from seekr_peft.tasks.readers import find_task_problems, read_tasks
+from seekr_peft.tasks.task import METRICS, Task
+from seekr_peft.tasks.tokenize import (
+    AnswerCollator,
+    Encoded,
+    encode,
+    encode_prompt,
+    prepare_tokenizer,
+)
+
+__all__ = [
+    "FORMATS",
+    "METRICS",
+    "AnswerCollator",
+    "Encoded",
+    "Task",
+    "encode",
+    "encode_prompt",
+    "find_task_problems",
+    "prepare_tokenizer",
+    "read_tasks",
+]

@@ -1,0 +1,150 @@
+"""The file formats of tasks: each reader turns the two files of a task into prompts and answers.
+
+A reader takes the task's name and {'train': file, 'test': file}, and returns the samples of each
+split, the metric and the possible answers (None = free text). Imports `seekr_peft.errors` and
+`tasks.samples`, and neither datasets nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from seekr_peft.errors import DataError
+from seekr_peft.tasks.samples import checked_row, read_json_lines, read_text
+
+logger = logging.getLogger(__name__)
+
+Samples = dict[str, list[dict[str, str]]]
+"""Per split ('train', 'test') its samples, each {'prompt', 'answer', 'instruction'}."""
+
+Reader = Callable[[str, Mapping[str, Path]], tuple[Samples, str, list[str] | None]]
+
+_TRACE_METRICS = {
+    "C-STANCE": "option_letter",
+    "FOMC": "option_letter",
+    "ScienceQA": "option_letter",
+    "MeetingBank": "rougeL",
+    "Py150": "rougeL",
+    "20Minuten": "rougeL",
+}
+
+
+def _read_jsonl(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, list[str] | None]:
+    samples = {
+        split: [checked_row(row, place) for place, row in read_json_lines(file)] for split, file in files.items()
+    }
+    return samples, "accuracy", None
+
+
+def _read_trace(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, list[str] | None]:
+    samples = {}
+    for split, file in files.items():
+        rows = _read_json(file)
+        if not isinstance(rows, list):
+            raise DataError(f"{file} holds a {type(rows).__name__}, not a list of {{prompt, answer}}.")
+        samples[split] = [checked_row(row, f"{file}, row {index}") for index, row in enumerate(rows)]
+    return samples, _TRACE_METRICS.get(name, "accuracy"), None
+
+
+def _read_superni(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, list[str] | None]:
+    samples = {}
+    for split, file in files.items():
+        definition, instances = _read_instances(file)
+        start = definition + "\n" if definition else ""
+        samples[split] = [_sample(start, text, "Output:", output) for text, output in instances]
+    return samples, "rougeL", None
+
+
+def _read_long_sequence(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, list[str] | None]:
+    read = {split: _read_instances(file) for split, file in files.items()}
+    outputs = [output for _, output in read["train"][1]]
+    choices = _choices(files["train"].with_name("labels.json"), outputs)
+    samples = {}
+    for split, (definition, instances) in read.items():
+        start = (definition + "\n" if definition else "") + f"Option: {', '.join(choices)}\n"
+        kept = [(text, output) for text, output in instances if output in choices]
+        if len(kept) < len(instances):
+            logger.warning(
+                f"{files[split]}: left out {len(instances) - len(kept)} of {len(instances)} "
+                f"instances whose output is none of {', '.join(choices)}."
+            )
+        samples[split] = [_sample(start, text, "Answer:", output) for text, output in kept]
+    return samples, "accuracy", choices
+
+
+def _choices(path: Path, outputs: list[str]) -> list[str]:
+    """The labels of a task; those its training outputs use when the file agrees with none of them.
+
+    The published labels of 'qqp' are True and False, while its outputs are yes and no.
+    """
+    labels = _read_json(path)
+    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not texts or not labels:
+        raise DataError(f"{path} does not hold a list of labels (strings), but {str(labels)[:60]!r}.")
+    if set(labels) & set(outputs) or not outputs:
+        return labels
+    used = sorted(set(outputs))
+    logger.warning(
+        f"{path} lists {', '.join(labels)}, but the outputs are {', '.join(used[:20])}; these are used as options."
+    )
+    return used
+
+
+def _read_instances(path: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Definition and (input, output) pairs of a SuperNI file; empty outputs are left out."""
+    data = _read_json(path)
+    for key in ("Definition", "Instances"):
+        if not isinstance(data, dict) or key not in data:
+            raise DataError(f"{path} has no key '{key}'; a SuperNI file has Definition and Instances.")
+    lines = [data["Definition"]] if isinstance(data["Definition"], str) else data["Definition"]
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise DataError(f"{path}: 'Definition' is {str(lines)[:60]!r}, not a string or a list of strings.")
+    if not isinstance(data["Instances"], list):
+        raise DataError(f"{path}: 'Instances' is a {type(data['Instances']).__name__}, not a list.")
+    instances = [_instance(row, f"{path}, instance {index}") for index, row in enumerate(data["Instances"])]
+    kept = [(text, output) for text, output in instances if output]
+    if len(kept) < len(instances):
+        logger.warning(
+            f"{path}: left out {len(instances) - len(kept)} of {len(instances)} instances whose output is empty."
+        )
+    return "\n".join(line.strip() for line in lines), kept
+
+
+def _instance(row: Any, place: str) -> tuple[str, str]:
+    """(input, first output) of one instance, both stripped; the output may be empty."""
+    for key in ("input", "output"):
+        if not isinstance(row, Mapping) or key not in row:
+            raise DataError(f"{place} has no key '{key}'; an instance has input and output.")
+    text, output = row["input"], row["output"]
+    if isinstance(output, list):
+        output = output[0] if output else ""
+    for key, value in (("input", text), ("output", output)):
+        if not isinstance(value, str):
+            raise DataError(f"{place}: '{key}' is {str(value)[:60]!r}, a {type(value).__name__}, not a string.")
+    if not text.strip():
+        raise DataError(f"{place} has an empty 'input'; fill it or remove the instance.")
+    return text.strip(), output.strip()
+
+
+def _sample(start: str, text: str, question: str, output: str) -> dict[str, str]:
+    return {"prompt": f"{start}{text}\n{question}", "answer": output, "instruction": start}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno} is not JSON ({error.msg} at column {error.colno}).") from error
+
+
+FORMATS: dict[str, Reader] = {
+    "jsonl": _read_jsonl,
+    "trace": _read_trace,
+    "superni": _read_superni,
+    "long_sequence": _read_long_sequence,
+}
+"""The formats by name."""

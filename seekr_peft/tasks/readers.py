@@ -1,0 +1,186 @@
+"""Readers of task sequences: one folder holds the tasks of a benchmark in a known format.
+
+`read_tasks` reads them; `find_task_problems` tells what is wrong without reading the samples, so a
+recipe can be checked before anything is loaded. Imports `seekr_peft.errors` and the modules of
+`tasks`, and neither datasets nor torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from seekr_peft.errors import DataError
+from seekr_peft.tasks.formats import FORMATS
+from seekr_peft.tasks.samples import check_name, dataset_of, suggestion
+from seekr_peft.tasks.task import Task
+
+TRACE_ORDER = (
+    "C-STANCE",
+    "FOMC",
+    "MeetingBank",
+    "Py150",
+    "ScienceQA",
+    "NumGLUE-cm",
+    "NumGLUE-ds",
+    "20Minuten",
+)
+"""The benchmark's own order of its tasks, used when none is asked for."""
+
+_SPLITS = ("train", "test")
+
+
+def read_tasks(
+    format: str,
+    path: str | Path,
+    order: Sequence[str] | None = None,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    seed: int = 0,
+) -> list[Task]:
+    """Read the tasks below `path`, in `order`.
+
+    | format | files of a task | metric |
+    |---|---|---|
+    | jsonl | NAME/train.jsonl, NAME/test.jsonl, or NAME.train.jsonl, NAME.test.jsonl | accuracy |
+    | trace | NAME/{train,test}.json, lists of {prompt, answer} | see below |
+    | superni | NAME/{train,test}.json with Definition and Instances | rougeL |
+    | long_sequence | as superni, and labels.json, the possible answers | accuracy |
+
+    TRACE is scored by the option letter (C-STANCE, FOMC, ScienceQA), accuracy (both NumGLUE) and
+    ROUGE-L (MeetingBank, Py150, 20Minuten). The benchmark itself scores Py150 by edit similarity
+    and 20Minuten by SARI: ROUGE-L stands in for them here, so these two figures are approximations
+    and not comparable to published ones.
+
+    A SuperNI instance with several right outputs is trained and scored on the first. Instances with
+    an empty output, and in long_sequence with one that is no label, are left out, and counted in
+    the log.
+
+    Args:
+        order: names of the tasks; None = all of them, alphabetically (TRACE: `TRACE_ORDER`).
+        max_train, max_test: at most so many samples a task, drawn at random but kept in the file's
+            order. The draw depends on `seed` and the task's name alone, never on the other tasks,
+            and a smaller draw is part of a larger one.
+
+    Raises:
+        DataError: everything `find_task_problems` tells, or a bad row.
+    """
+    problems = find_task_problems(format, path, order)
+    if problems:
+        raise DataError("\n".join(problems))
+    for limit, value in (("max_train", max_train), ("max_test", max_test)):
+        if value is not None and value < 1:
+            raise DataError(f"{limit} is {value}; it must be 1 or more, or None for all samples.")
+    limits = {"train": max_train, "test": max_test}
+    path = Path(path)
+    names = _default_order(format, _task_names(format, path)) if order is None else order
+    return [_read_task(format, path, name, limits, seed) for name in names]
+
+
+def find_task_problems(format: str, path: str | Path, order: Sequence[str] | None = None) -> list[str]:
+    """What is wrong with the tasks, one sentence each, as far as file names tell; [] = nothing."""
+    if format not in FORMATS:
+        return [
+            f"The task format {format!r} is unknown; choose one of {', '.join(FORMATS)}{suggestion(format, FORMATS)}."
+        ]
+    path = Path(path)
+    if not path.is_dir():
+        return [_path_problem(path)]
+    known = _task_names(format, path)
+    if not known:
+        return [
+            f"The folder '{path}' holds no tasks of the format '{format}'; expected files such as {_example(format)}."
+        ]
+    names = known if order is None else list(order)
+    if not names:
+        return ["The order of tasks is empty; name a task, or leave the order out for all of them."]
+    problems = []
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            problems.append(f"The task '{name}' is {names.count(name)} times in the order.")
+        if name not in known:
+            problems.append(
+                f"The task '{name}' is not in '{path}'; it holds {', '.join(known)}{suggestion(name, known)}."
+            )
+        else:
+            problems += _file_problems(format, path, name)
+    return problems
+
+
+def _path_problem(path: Path) -> str:
+    if path.exists():
+        return f"The task path '{path}' is a file; give the folder that holds the tasks."
+    parent = next(folder for folder in path.resolve().parents if folder.is_dir())
+    return f"The task path '{path}' is not there; the nearest folder that exists is '{parent}'."
+
+
+def _file_problems(format: str, path: Path, name: str) -> list[str]:
+    problems = []
+    try:
+        check_name(name)
+    except DataError as error:
+        problems.append(str(error))
+    for split in _SPLITS:
+        candidates = _candidates(format, path, name, split)
+        if not any(candidate.is_file() for candidate in candidates):
+            problems.append(f"The task '{name}' has no {split} samples: '{candidates[0]}' is not there; add it.")
+    labels = path / name / "labels.json"
+    if format == "long_sequence" and not labels.is_file():
+        problems.append(f"The task '{name}' has no list of its answers: '{labels}' is not there; add it.")
+    return problems
+
+
+def _candidates(format: str, path: Path, name: str, split: str) -> list[Path]:
+    """Where the samples of a split may lie, best first."""
+    if format == "jsonl":
+        return [path / name / f"{split}.jsonl", path / f"{name}.{split}.jsonl"]
+    return [path / name / f"{split}.json"]
+
+
+def _task_names(format: str, path: Path) -> list[str]:
+    """Names of which at least one split is there, sorted."""
+    names: set[str] = set()
+    for entry in path.iterdir():
+        names.update(entry.name.removesuffix(f".{split}.jsonl") for split in _SPLITS)
+    return sorted(name for name in names if _has_samples(format, path, name))
+
+
+def _has_samples(format: str, path: Path, name: str) -> bool:
+    files = [file for split in _SPLITS for file in _candidates(format, path, name, split)]
+    return any(file.is_file() for file in files)
+
+
+def _default_order(format: str, names: list[str]) -> list[str]:
+    if format != "trace":
+        return names
+    others = [name for name in names if name not in TRACE_ORDER]
+    return [name for name in TRACE_ORDER if name in names] + others
+
+
+def _example(format: str) -> str:
+    return "NAME/train.jsonl or NAME.train.jsonl" if format == "jsonl" else "NAME/train.json"
+
+
+def _read_task(format: str, path: Path, name: str, limits: Mapping[str, int | None], seed: int) -> Task:
+    files = {
+        split: next(file for file in _candidates(format, path, name, split) if file.is_file()) for split in _SPLITS
+    }
+    samples, metric, choices = FORMATS[format](name, files)
+    datasets = {}
+    for split in _SPLITS:
+        if not samples[split]:
+            raise DataError(f"{files[split]} has no usable samples; task '{name}' needs at least one for {split}ing.")
+        chosen = _subsample(len(samples[split]), limits[split], f"{seed}/{name}/{split}")
+        datasets[split] = dataset_of([samples[split][index] for index in chosen])
+    return Task(name, datasets["train"], datasets["test"], metric=metric, choices=choices)
+
+
+def _subsample(size: int, limit: int | None, seed: str) -> list[int]:
+    """Indices of at most `limit` of `size` samples, ascending."""
+    indices = list(range(size))
+    if limit is None or limit >= size:
+        return indices
+    # Random hashes a string seed with SHA-512, hence the same draw in every process.
+    random.Random(seed).shuffle(indices)
+    return sorted(indices[:limit])

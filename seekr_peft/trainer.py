@@ -1,0 +1,137 @@
+"""``ContinualTrainer``: a transformers Trainer whose steps also replay. May import everything below it.
+
+Thin on purpose: the mixin decides only *when* the method's replay loss joins, so it sits on any Trainer subclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from .attention.support import base_transformer
+from .errors import AdapterError, ConfigError
+from .methods import ContinualMethod
+from .tasks import AnswerCollator
+
+
+class ContinualTrainerMixin:
+    """Adds ``method=`` to a ``Trainer`` subclass (put the mixin first).
+
+    One new-task optimiser step, with gradient accumulation over g micro-batches::
+
+        micro-batch 1 .. g     the Trainer's own forward and backward
+        after the last one     if method.replay_due(step): replay forward and backward, gradients added
+        optimizer.step()       clips and applies both          (config.replay_step == "added")
+        on_step_end            or the replay loss in a step of its own       ("separate")
+
+    The replay loss is added exactly once per optimiser step, so it needs no division by the accumulation steps,
+    whatever the Trainer does with ``num_items_in_batch``. Its forward and backward run inside the method's block,
+    apart from the new task's graph: the peak memory is the larger of the two, and activation checkpointing works.
+
+    Every loss term is logged apart: ``loss`` (the new task), ``replay_loss``, ``logits_loss``, ``attention_loss``.
+    """
+
+    def __init__(self, *args: Any, method: ContinualMethod, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.method = method
+        if method.current_task is None:
+            raise AdapterError(
+                "ContinualTrainer was made outside of a task; make and run it inside `with method.task(name, ...)`."
+            )
+        self._separate = method.config.replay_step == "separate"
+        self._term_sums: dict[str, Tensor] = {}
+        self._n_replayed = 0
+        self.add_callback(_ReplayCallback(self))  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As in Trainer; resuming inside a task is refused, since it trains the wrong adapter without an error."""
+        if resume_from_checkpoint:
+            raise ConfigError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} would un-freeze the earlier tasks' adapter and train "
+                f"it instead of the new one; resume a run after its last finished task: seekr-peft run RECIPE --resume."
+            )
+        return super().train(**kwargs)  # type: ignore[misc]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's step, and on the last micro-batch the replay loss that is due."""
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        last_micro_batch = self.accelerator.sync_gradients  # type: ignore[attr-defined]
+        step = self.state.global_step  # type: ignore[attr-defined]
+        if last_micro_batch and not self._separate and self.method.replay_due(step):
+            self._replay_backward(model)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean of each replay term since the last log."""
+        if "loss" in logs and self._n_replayed:
+            for name, total in self._term_sums.items():
+                logs[name] = round(float(total) / self._n_replayed, 6)
+            self._term_sums, self._n_replayed = {}, 0
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def replay_step(self, model: nn.Module) -> None:
+        """One optimiser step on a replay batch alone; gradients are zero before and after."""
+        self._replay_backward(model)
+        if self.args.max_grad_norm:  # type: ignore[attr-defined]
+            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)  # type: ignore[attr-defined]
+        self.optimizer.step()  # type: ignore[attr-defined]
+        model.zero_grad()
+
+    def _replay_backward(self, model: nn.Module) -> None:
+        model.train()
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        with self.compute_loss_context_manager(), self.method.replay_terms(model) as terms:  # type: ignore[attr-defined]
+            # accelerate divides by its own accumulation steps; this loss is added once per optimiser step.
+            accelerator.backward(terms.total * accelerator.gradient_accumulation_steps)
+        for name, value in terms.values().items():
+            self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
+        self._n_replayed += 1
+
+
+class _ReplayCallback(TrainerCallback):
+    """The moments that a Trainer offers only to callbacks."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        method = self._trainer.method
+        method.stack.check_optimizer(_plain(self._trainer.optimizer))
+        method.start_training(state.max_steps, float(args.num_train_epochs))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        if trainer._separate and trainer.method.replay_due(state.global_step - 1):
+            trainer.replay_step(trainer.model_wrapped)
+
+
+class ContinualTrainer(ContinualTrainerMixin, Trainer):
+    """``transformers.Trainer`` with ``method=``.
+
+    Takes tokenised datasets (``input_ids``, ``labels``) and pads them itself; pass ``data_collator`` to change that.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        dataset = kwargs.get("train_dataset")
+        if dataset is not None and len(dataset) and not isinstance(dataset[0], Mapping):
+            raise ConfigError(
+                f"train_dataset holds {type(dataset[0]).__name__} items; it needs mappings with input_ids and labels."
+            )
+        if dataset is not None and len(dataset) and "input_ids" not in dataset[0]:
+            raise ConfigError(
+                f"train_dataset has no 'input_ids' (it has {', '.join(sorted(dataset[0]))}); tokenise the task first: "
+                f"task.tokenized(tokenizer)."
+            )
+        if kwargs.get("data_collator") is None:
+            config = base_transformer(model).config.get_text_config()
+            pad = getattr(config, "pad_token_id", None)
+            kwargs["data_collator"] = AnswerCollator(pad_token_id=0 if pad is None else pad)
+        super().__init__(model=model, args=args, **kwargs)
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
