@@ -406,7 +406,8 @@ def _load(model: PeftModel, name: str, directory: Path) -> None:
     # load_peft_weights would fall back to a pickle file; that one is never read.
     if not (Path(directory) / WEIGHTS_FILE).is_file():
         raise AdapterError(
-            f"{Path(directory) / WEIGHTS_FILE} is missing; the run directory is incomplete, start it again without --resume."
+            f"{Path(directory) / WEIGHTS_FILE} is missing; the run directory is incomplete, so start it again "
+            f"without --resume."
         )
     weights = load_peft_weights(str(directory), device="cpu")
     result = set_peft_model_state_dict(model, weights, adapter_name=name)

@@ -51,8 +51,8 @@ class ContinualTrainerMixin:
         """As in Trainer; resuming inside a task is refused, since it trains the wrong adapter without an error."""
         if resume_from_checkpoint:
             raise ConfigError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} would un-freeze the earlier tasks' adapter and train "
-                f"it instead of the new one; resume a run after its last finished task: seekr-peft run RECIPE --resume."
+                f"resume_from_checkpoint={resume_from_checkpoint!r} would un-freeze the earlier tasks' adapter and "
+                f"train it instead of the new one; resume a run after its last finished task: seekr-peft run RECIPE --resume."
             )
         return super().train(**kwargs)  # type: ignore[misc]
 

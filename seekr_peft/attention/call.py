@@ -43,15 +43,14 @@ class QuerySelection:
 class AttentionCall(Protocol):
     """What an observer may ask of one layer's attention call. ``heads`` is int64 (n_selected,)."""
 
-    gradient_target: Tensor
+    @property
+    def gradient_target(self) -> Tensor: ...
 
     def rows(self) -> Tensor: ...
 
     def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor: ...
 
     def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor: ...
-
-    def requires_grad(self) -> bool: ...
 
 
 @dataclass
@@ -69,9 +68,6 @@ class InterfaceCall:
     heads: Tensor
     queries: QuerySelection
     gradient_target: Tensor  # the kernel's output, (batch, T_q, n_heads, d_v)
-
-    def requires_grad(self) -> bool:
-        return self.query.requires_grad or self.key.requires_grad
 
     @cached_property
     def inputs(self) -> RowInputs:
@@ -161,9 +157,6 @@ class EagerCall:
     @property
     def gradient_target(self) -> Tensor:
         return self.weights
-
-    def requires_grad(self) -> bool:
-        return self.weights.requires_grad
 
     def rows(self) -> Tensor:
         rows = _select(self.weights, self.queries, self.heads)

@@ -54,9 +54,15 @@ class ReplayBatch:
         if logits is not None:
             parts = (logits.indices, logits.probabilities, logits.remaining)
             logits = TeacherDistributions(*(part.to(device) for part in parts))
-        tensors = (self.input_ids, self.attention_mask, self.labels, self.queries)
-        moved = [tensor.to(device) for tensor in tensors]
-        return ReplayBatch(*moved, self.heads, layers, logits)
+        return ReplayBatch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.queries.to(device),
+            self.heads,
+            layers,
+            logits,
+        )
 
 
 def collate(

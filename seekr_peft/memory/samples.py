@@ -1,4 +1,7 @@
-"""Replay samples: which training samples are kept, and which of their query positions. May import ``config``, ``errors``."""
+"""Replay samples: which training samples are kept, and which of their query positions.
+
+May import ``config`` and ``errors``.
+"""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ class TaskMemory:
             self._file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise MemoryFormatError(
-                f"{path} cannot be read ({error}); the memory of task {self.name!r} is incomplete, so run that task again."
+                f"{path} cannot be read ({error}); the memory of task {self.name!r} is incomplete, so "
+                f"run that task again."
             ) from error
 
     def __len__(self) -> int:

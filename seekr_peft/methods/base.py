@@ -110,7 +110,8 @@ class ContinualMethod:
         self._check_name(name)
         if self.uses_replay and replay_from is None:
             raise ConfigError(
-                f"task {name!r}: method {self.name!r} keeps a replay memory, so pass replay_from=<tokenised training set>."
+                f"task {name!r}: method {self.name!r} keeps a replay memory, so pass "
+                f"replay_from=<tokenised training set>."
             )
         self.stack.begin()
         self.current_task = name
@@ -210,8 +211,8 @@ class ContinualMethod:
         consolidation = self.stack.finish()
         if consolidation and consolidation.discarded_energy > 0:
             logger.warning(
-                "task %s: the earlier adapters were cut to rank %d, which discards %.3g of their squared singular values "
-                "(%.3g in the worst module); raise rank_limit to keep more.",
+                "task %s: the earlier adapters were cut to rank %d, which discards %.3g of their squared singular "
+                "values (%.3g in the worst module); raise rank_limit to keep more.",
                 name,
                 consolidation.rank,
                 consolidation.discarded_energy,
@@ -238,7 +239,8 @@ class ContinualMethod:
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(
-                f"task name {name!r} must be a folder name of letters, digits, '.', '_' and '-', starting with a letter or digit."
+                f"task name {name!r} must be a folder name of letters, digits, '.', '_' and '-', "
+                f"starting with a letter or digit."
             )
         if name in self.task_names:
             raise ConfigError(f"task name {name!r} is already used in this sequence; give each task its own name.")
