@@ -52,7 +52,8 @@ class ContinualTrainerMixin:
         if resume_from_checkpoint:
             raise ConfigError(
                 f"resume_from_checkpoint={resume_from_checkpoint!r} would un-freeze the earlier tasks' adapter and "
-                f"train it instead of the new one; resume a run after its last finished task: seekr-peft run RECIPE --resume."
+                f"train it instead of the new one; resume a run after its last finished task: "
+                f"seekr-peft run RECIPE --resume."
             )
         return super().train(**kwargs)  # type: ignore[misc]
 

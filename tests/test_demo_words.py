@@ -129,7 +129,7 @@ def test_prompt_and_answer_become_one_token_a_word(tasks, tokenizer):
 
 
 def test_decoding_joins_words_with_spaces(tokenizer):
-    text = "copy lamp river lake = lamp river lake"
+    text = "copy lamp fig lake = lamp fig lake"
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 

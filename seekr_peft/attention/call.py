@@ -18,6 +18,7 @@ from ..errors import CaptureError
 from .rows import (
     RowInputs,
     TeacherRows,
+    compute_dtype,
     gradient_squares,
     gradient_squares_causal,
     gradient_squares_full,
@@ -141,8 +142,9 @@ class InterfaceCall:
         allowed = torch.ones_like(positions, dtype=torch.bool).expand(-1, -1, -1, n_keys)
         if self.causal:
             allowed = allowed & (keys <= positions)
-            if self.sliding_window is not None:
-                allowed = allowed & (keys > positions - self.sliding_window)
+        if self.sliding_window is not None:
+            # Without causality the window reaches as far to the right as to the left.
+            allowed = allowed & ((keys - positions).abs() < self.sliding_window)
         return allowed
 
 
@@ -160,8 +162,7 @@ class EagerCall:
 
     def rows(self) -> Tensor:
         rows = _select(self.weights, self.queries, self.heads)
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        return torch.where(self.queries.real[:, None, :, None], rows.to(dtype), 0)
+        return torch.where(self.queries.real[:, None, :, None], rows.to(compute_dtype(rows)), 0)
 
     def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
         rows = self.rows()
@@ -176,7 +177,7 @@ class EagerCall:
             positions = self.queries.positions[:, None, :, None]
             gradient = gradient.gather(2, positions.expand(-1, gradient.shape[1], -1, gradient.shape[3]))
             gradient = gradient * self.queries.real[:, None, :, None]
-        return gradient.float().square().sum(dim=(-1, -2))
+        return gradient.to(compute_dtype(gradient)).square().sum(dim=(-1, -2))
 
 
 def every_position(query: Tensor, real: Tensor | None) -> QuerySelection:

@@ -7,7 +7,7 @@ heads x queries x T, and longer query lists are walked in chunks. May import ``e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ class TeacherRows:
             indices = torch.arange(n_keys, device=rows.device).expand(rows.shape)
             return cls(indices, rows, torch.zeros_like(rows[..., 0]))
         probabilities, indices = rows.topk(top_k, dim=-1)
-        remaining = (rows.sum(dim=-1) - probabilities.sum(dim=-1)).clamp_min(0)
+        # Summed directly: the difference of two sums near 1 would leave rounding where nothing remains.
+        remaining = rows.scatter(-1, indices, 0).sum(dim=-1)
         return cls(indices, probabilities, remaining)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TeacherRows:
@@ -104,14 +105,19 @@ def row_kl(inputs: RowInputs, teacher: TeacherRows, weights: Tensor | None = Non
     Args:
         inputs: The student's rows.
         teacher: The teacher's rows for the same heads, queries and keys; treated as constants.
-        weights: (batch, heads, n_queries), 0 for rows that do not count; None uses ``row_weights``.
+        weights: (batch, heads, n_queries), 0 for rows that do not count; None uses ``row_weights``. A row that may
+            look at no key never counts, and what a row that does not count holds (even NaN) has no influence.
     """
     if weights is None:
         weights = row_weights(inputs.real, inputs.query.shape[1])
     dtype = compute_dtype(inputs.query)
     teacher = teacher.to(inputs.query.device, dtype)
     weights = weights.to(inputs.query.device, dtype)
-    return _RowKL.apply(inputs.query, inputs.key, inputs, teacher, weights)
+    counts = (weights > 0) & inputs.allowed.any(dim=-1)
+    weights = torch.where(counts, weights, 0)
+    # 0 * NaN is NaN: through q k^T a row without weight would reach the gradient of every key.
+    query = torch.where(counts[..., None], inputs.query, 0)
+    return _RowKL.apply(query, inputs.key, replace(inputs, query=query), teacher, weights)
 
 
 def kl_of_rows(rows: Tensor, teacher: TeacherRows, weights: Tensor) -> Tensor:
@@ -120,9 +126,12 @@ def kl_of_rows(rows: Tensor, teacher: TeacherRows, weights: Tensor) -> Tensor:
     For models whose kernel returns the weights (eager); ``row_kl`` is tested against it.
     """
     teacher = teacher.to(rows.device, compute_dtype(rows))
+    weights = weights.to(rows.device)
+    # The outer where() below guards the value; this one guards the gradient against 0 * NaN.
+    rows = torch.where((weights > 0)[..., None], rows, 0)
     tiny = torch.finfo(rows.dtype).tiny
     kept = rows.gather(-1, teacher.indices)
-    others = (1 - kept.sum(dim=-1)).clamp_min(tiny)
+    others = _others(rows, teacher.indices, teacher.probabilities).sum(dim=-1).clamp_min(tiny)
     stored = torch.special.xlogy(teacher.probabilities, teacher.probabilities)
     cross = torch.where(teacher.probabilities > 0, teacher.probabilities * kept.clamp_min(tiny).log(), 0)
     rest = torch.special.xlogy(teacher.remaining, teacher.remaining) - torch.where(
@@ -226,7 +235,9 @@ class _RowKL(torch.autograd.Function):
         key_gradient = torch.zeros(key.shape, dtype=dtype, device=key.device)
         for part in _query_chunks(inputs):
             logit_gradient = _logit_gradient(_logits(inputs, part), log_sum[..., part], teacher, part)
-            logit_gradient *= (weights[:, :, part] * outer * scaling)[..., None]
+            weight = weights[:, :, part, None]
+            logit_gradient *= weight * outer * scaling
+            logit_gradient.masked_fill_(weight == 0, 0)
             query_gradients.append(logit_gradient @ key.to(dtype))
             key_gradient += logit_gradient.transpose(-1, -2) @ query[:, :, part].to(dtype)
         query_gradient = torch.cat(query_gradients, dim=2).to(query.dtype)
@@ -234,13 +245,13 @@ class _RowKL(torch.autograd.Function):
 
 
 def _coarse_kl(logits: Tensor, log_sum: Tensor, teacher: TeacherRows, part: slice) -> Tensor:
-    """KL of each row in nats, (batch, heads, rows); rows without any allowed key give 0."""
+    """KL of each row in nats, (batch, heads, rows); NaN for a row without any allowed key."""
     indices, kept, remaining = _teacher_part(teacher, part)
     kept_log = (logits.gather(-1, indices) - log_sum[..., None]).masked_fill(kept == 0, 0)
     stored = (torch.special.xlogy(kept, kept) - kept * kept_log).sum(dim=-1)
     if not remaining.any():
         return stored
-    others = _others(logits, log_sum, indices).sum(dim=-1)
+    others = _others(torch.exp(logits - log_sum[..., None]), indices, kept).sum(dim=-1)
     tiny = torch.finfo(others.dtype).tiny
     rest = torch.special.xlogy(remaining, remaining) - remaining * others.clamp_min(tiny).log()
     return stored + torch.where(remaining > 0, rest, 0)
@@ -250,19 +261,21 @@ def _logit_gradient(logits: Tensor, log_sum: Tensor, teacher: TeacherRows, part:
     """d KL / d logits, (batch, heads, rows, n_keys): softmax * sum(p) - p with the remaining mass spread."""
     indices, kept, remaining = _teacher_part(teacher, part)
     mass = kept.sum(dim=-1) + remaining
-    gradient = torch.exp(logits - log_sum[..., None]).nan_to_num(0)
+    rows = torch.exp(logits - log_sum[..., None])
+    gradient = rows * mass[..., None]
     if remaining.any():
-        others = gradient.scatter(-1, indices, 0)
+        others = _others(rows, indices, kept)
         tiny = torch.finfo(others.dtype).tiny
         share = remaining / others.sum(dim=-1).clamp_min(tiny)
-        gradient = gradient * mass[..., None] - others * share[..., None]
-    else:
-        gradient = gradient * mass[..., None]
+        gradient -= others * share[..., None]
     return gradient.scatter_add(-1, indices, -kept)
 
 
-def _others(logits: Tensor, log_sum: Tensor, indices: Tensor) -> Tensor:
-    return torch.exp(logits - log_sum[..., None]).nan_to_num(0).scatter(-1, indices, 0)
+def _others(rows: Tensor, indices: Tensor, kept: Tensor) -> Tensor:
+    """``rows`` with 0 at the stored keys. An entry of probability 0 is absent (batches are padded with index 0), so its
+    key stays among the others: subtracting 0 there, where writing a 0 would erase the key."""
+    stored = torch.where(kept > 0, rows.gather(-1, indices), 0)
+    return rows.scatter_add(-1, indices, -stored)
 
 
 def _teacher_part(teacher: TeacherRows, part: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Which models can be tapped and by which door. Reaches into transformers; verified with transformers 5.23.
 
-What is relied on, beyond the public API: every attention module carries its ``layer_idx`` and ``config``, reads
-``config._attn_implementation`` at call time to pick the attention function, and its modelling file imports
-``ALL_ATTENTION_FUNCTIONS``; a checkpointed layer keeps ``_gradient_checkpointing_func``. ``tests/test_support.py``
-notices when one of these changes. May import ``errors``.
+What is relied on, beyond the public API: every attention module carries its ``layer_idx``; those that dispatch
+read their ``config._attn_implementation`` at call time to pick the attention function, and their modelling file
+imports ``ALL_ATTENTION_FUNCTIONS``; a checkpointed layer keeps ``_gradient_checkpointing_func``. The tests notice when one
+of these changes. May import ``errors``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def head_shape(model: nn.Module) -> tuple[int, int]:
 
 def implementation(module: nn.Module) -> str:
     """Name of the attention function that ``module`` dispatches to ("sdpa", "flash_attention_2", "eager" ...)."""
-    return module.config._attn_implementation or EAGER
+    config = getattr(module, "config", None)
+    # A module without a configuration (Bloom) has nothing to dispatch on.
+    return EAGER if config is None else config._attn_implementation or EAGER
 
 
 def set_implementation(module: nn.Module, name: str) -> None:
@@ -87,7 +89,8 @@ def uses_reentrant_checkpointing(model: nn.Module) -> bool:
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if not (module.training and getattr(module, "gradient_checkpointing", False) and checkpoint):
             continue
-        if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is True:
+        # torch's own default is reentrant, so a call that does not say so is as well.
+        if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is not False:
             return True
     return False
 
@@ -110,7 +113,7 @@ def is_causal(module: nn.Module, flag: bool | None) -> bool:
 
 
 def _is_self_attention(module: nn.Module) -> bool:
-    if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "config"):
+    if not isinstance(getattr(module, "layer_idx", None), int):
         return False
     name = type(module).__name__
     if "Attention" not in name or "Cross" in name or getattr(module, "is_cross_attention", False):

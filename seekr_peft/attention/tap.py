@@ -9,6 +9,7 @@ the module returns. Everything is undone on exit. May import ``heads``, ``errors
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -82,15 +83,17 @@ class AttentionTap:
         return self.values
 
     def __enter__(self) -> AttentionTap:
-        if torch.is_grad_enabled() and support.uses_reentrant_checkpointing(self.model):
+        if self._modules and torch.is_grad_enabled() and support.uses_reentrant_checkpointing(self.model):
             raise CaptureError(
                 "reentrant activation checkpointing makes the captured attention a constant without a gradient; call "
                 "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}) instead."
             )
         with ExitStack() as undo:
             root = support.base_transformer(self.model)
-            self._hook(undo, root.register_forward_pre_hook(self._start, with_kwargs=True))
-            self._hook(undo, root.register_forward_hook(self._finish, always_call=True))
+            # PEFT before 0.21 runs root.forward() itself, past the hooks of root: then the wrapper's hooks start it.
+            for module in dict.fromkeys((self.model, root)):
+                self._hook(undo, module.register_forward_pre_hook(self._start, with_kwargs=True))
+                self._hook(undo, module.register_forward_hook(self._finish, always_call=True))
             for layer, module in self._modules.items():
                 self._listen(undo, layer, module)
             self._stack = undo.pop_all()
@@ -143,6 +146,8 @@ class AttentionTap:
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
+        if mask is None and args:
+            mask = inspect.signature(module.forward).bind_partial(*args).arguments.get("attention_mask")
         self._padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._in_forward = True
         self._seen = set()
@@ -190,6 +195,8 @@ def _rows_of(layer: int, call: AttentionCall) -> Tensor:
 
 
 def _selected_modules(model: nn.Module, heads: HeadSelection) -> dict[int, nn.Module]:
+    if not heads:
+        return {}
     modules = support.attention_modules(model)
     _, n_heads = support.head_shape(model)
     for layer, indices in heads.items():

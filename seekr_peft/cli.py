@@ -1,0 +1,127 @@
+"""The command line: ``seekr-peft demo | run | report | inspect | export``. Each command is one Python call.
+
+Heavy imports are inside the commands, so that ``--help`` answers at once.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .errors import ConfigError, SeekrError
+
+app = typer.Typer(
+    name="seekr-peft",
+    help="Continual learning with LoRA/QLoRA: train task after task and keep the earlier ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"seekr-peft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Continual learning with LoRA/QLoRA: train task after task and keep the earlier ones."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the three runs and the page.")] = Path("runs/demo"),
+) -> None:
+    """Show it: four contradicting tasks, three methods, measured here in a few minutes. Needs no network."""
+    _quiet()
+    from .demo.run import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value, as in training.learning_rate=1e-4", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished task.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only check the recipe; load nothing.")] = False,
+) -> None:
+    """Train the tasks of RECIPE one after another; ends with the accuracy matrix, OP and BWT."""
+    _quiet()
+    if check:
+        from .recipe import load_recipe
+
+        load_recipe(recipe, overrides or [])
+        typer.echo(f"{recipe} is fine.")
+        return
+    from .run import run_recipe
+
+    run_recipe(recipe, overrides or [], resume=resume)
+
+
+@app.command()
+def report(
+    run_directory: RunDirectory,
+    out: Annotated[Path | None, typer.Option(help="Where to write the page (default: RUN/report.html).")] = None,
+) -> None:
+    """Write the run's self-contained page: matrix, retention, heads, losses, memory."""
+    from .report import write_report
+
+    typer.echo(write_report(run_directory, out))
+
+
+@app.command()
+def inspect(run_directory: RunDirectory) -> None:
+    """Print what a run directory holds: tasks, teachers, memory, heads, matrix."""
+    from rich.console import Console
+
+    from .report import render_inspection
+
+    render_inspection(run_directory, Console())
+
+
+@app.command()
+def export(
+    run_directory: RunDirectory,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+) -> None:
+    """Copy the run's consolidated adapter as a plain PEFT adapter that needs nothing of this package."""
+    from .export import export_adapter
+
+    typer.echo(export_adapter(run_directory, out))
+
+
+def _quiet() -> None:
+    """Our own bars replace those of transformers; its warnings stay."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one line per problem and status 2, a bug keeps its traceback."""
+    try:
+        app()
+    except ConfigError as error:
+        for problem in error.problems:
+            typer.echo(f"seekr-peft: {problem}", err=True)
+        raise SystemExit(2) from None
+    except SeekrError as error:
+        typer.echo(f"seekr-peft: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

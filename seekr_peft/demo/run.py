@@ -1,0 +1,112 @@
+"""The embedded demo: three methods on four contradicting tasks, measured here and now.
+
+May import everything below ``cli``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import RunError
+from ..report import write_comparison
+from ..run import METRICS_FILE, RunResult, run_recipe
+
+METHODS = ("sequential", "replay", "seekr")
+MARKER = ".seekr-peft-demo"
+
+
+def demo_recipe() -> dict[str, Any]:
+    """The recipe of the demo (``recipes/demo.yaml`` says the same)."""
+    return {
+        "model": {"name_or_path": "demo", "quantization": "nf4"},
+        "adapter": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "mode": "stack"},
+        "method": {"name": "seekr"},
+        "training": {
+            "learning_rate": 2.0e-3,
+            "per_device_train_batch_size": 16,
+            "num_train_epochs": 4,
+        },
+        "tasks": {"format": "demo", "max_train": 600, "max_test": 100},
+        "evaluation": {"max_new_tokens": 4, "batch_size": 100},
+        "seed": 0,
+        "output_dir": "runs/demo/seekr",
+    }
+
+
+def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> Path:
+    """Run sequential training, replay and SEEKR with the same base, data, order, seed and optimiser steps.
+
+    An earlier demo in ``out`` is replaced; any other folder that is not empty is refused.
+
+    Returns:
+        The path of the page that shows the three side by side.
+    """
+    console = console or Console()
+    directory = Path(out)
+    _prepare(directory)
+    started = time.monotonic()
+    results: dict[str, RunResult] = {}
+    for method in METHODS:
+        console.rule(f"[bold]{method}", align="left")
+        recipe = demo_recipe()
+        recipe["method"] = {"name": method}
+        recipe["output_dir"] = str(directory / method)
+        results[method] = run_recipe(recipe, console=console)
+    _check_same_steps(results)
+    page = write_comparison(
+        {method: result.directory for method, result in results.items()},
+        directory,
+        title="Four tasks that contradict each other: what is kept",
+    )
+    console.rule(align="left")
+    console.print(_table(results))
+    console.print(f"measured in {time.monotonic() - started:.0f} s on this machine; the page: {page}", highlight=False)
+    return page
+
+
+def _prepare(directory: Path) -> None:
+    if (
+        directory.exists()
+        and not (directory / MARKER).is_file()
+        and (not directory.is_dir() or any(directory.iterdir()))
+    ):
+        raise RunError(f"{directory} is not empty and holds no earlier demo; choose another folder with --out.")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / MARKER).touch()
+
+
+def _check_same_steps(results: dict[str, RunResult]) -> None:
+    steps = {method: _last_steps(result.directory / METRICS_FILE) for method, result in results.items()}
+    if len({tuple(counts) for counts in steps.values()}) != 1:
+        raise RunError(f"the methods took different numbers of optimiser steps ({steps}), so they cannot be compared.")
+
+
+def _last_steps(path: Path) -> list[int]:
+    """Optimiser steps of each task."""
+    last: dict[int, int] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        last[record["task_index"]] = record["step"]
+    return [last[index] for index in sorted(last)]
+
+
+def _table(results: dict[str, RunResult]) -> Table:
+    table = Table(title="after the last task, exact match in %", title_justify="left")
+    table.add_column("method")
+    last = next(iter(results.values())).matrix.task_names[-1]
+    names = next(iter(results.values())).matrix.task_names
+    for heading in (*names, "OP", "BWT"):
+        table.add_column(heading, justify="right")
+    for method, result in results.items():
+        scores = [result.matrix.score(after=last, on=name) or 0.0 for name in names]
+        figures = [f"{100 * score:.1f}" for score in (*scores, result.matrix.op())]
+        table.add_row(method, *figures, f"{100 * result.matrix.bwt():+.1f}")
+    return table

@@ -1,0 +1,72 @@
+"""Load a recipe's base model, tokenizer and LoRA adapter. May import ``recipe``, ``tasks`` and ``errors``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from .errors import ConfigError
+from .recipe import DEMO, ModelSection, Recipe
+from .tasks import prepare_tokenizer
+
+
+def load_model(recipe: Recipe) -> tuple[PeftModel, Any]:
+    """The quantised base with one fresh LoRA adapter, and its tokenizer (with a pad token)."""
+    name = resolve_name(recipe.model)
+    common = {"trust_remote_code": recipe.model.trust_remote_code}
+    try:
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(name, **common))
+        base = AutoModelForCausalLM.from_pretrained(
+            name,
+            quantization_config=_quantization(recipe.model),
+            dtype=compute_dtype(recipe.model),
+            attn_implementation=recipe.model.attn_implementation,
+            device_map={"": 0} if torch.cuda.is_available() else None,
+            **common,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"model.name_or_path: {name} cannot be loaded: {detail}") from error
+    base.config.use_cache = False
+    if recipe.model.quantization != "none":
+        # PEFT's own default is reentrant checkpointing, under which a captured attention has no gradient.
+        base = prepare_model_for_kbit_training(
+            base,
+            use_gradient_checkpointing=bool(recipe.training.get("gradient_checkpointing", False)),
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.adapter.lora())), tokenizer
+
+
+def resolve_name(model: ModelSection) -> str:
+    """The folder or hub name that ``from_pretrained`` takes."""
+    if model.name_or_path == DEMO:
+        from .demo import BASE_PATH
+
+        return str(BASE_PATH)
+    return model.name_or_path
+
+
+def compute_dtype(model: ModelSection) -> torch.dtype:
+    """The dtype that the layers compute in."""
+    if model.bnb_4bit_compute_dtype:
+        return getattr(torch, model.bnb_4bit_compute_dtype)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _quantization(model: ModelSection) -> BitsAndBytesConfig | None:
+    if model.quantization == "none":
+        return None
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=model.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(model),
+    )

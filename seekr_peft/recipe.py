@@ -1,0 +1,324 @@
+"""Recipes: a YAML file checked in full before anything is loaded, every problem at once. May import ``config``,
+``tasks`` and ``errors``; imports transformers and PEFT only to ask for their settings' names."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .config import SeekrConfig, unknown_key
+from .errors import ConfigError
+
+MethodName = Literal["sequential", "replay", "seekr"]
+DEMO = "demo"
+"""As ``model.name_or_path`` and ``tasks.format``: the model and tasks that ship with the package."""
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+_SET_BY_THE_RUN = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "resume_from_checkpoint": "--resume",
+}
+_POSITIVE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+class _Section(BaseModel):
+    # "model" is a key of the contract, not pydantic's namespace.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The base model. Names of ``from_pretrained`` and ``BitsAndBytesConfig`` where they have one."""
+
+    name_or_path: str
+    """A folder, or a model on the Hugging Face hub; "demo" is the model in the package."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """None: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+
+
+class AdapterSection(_Section):
+    """``mode`` and ``rank_limit`` of the adapter stack; every other key is one of ``LoraConfig``'s."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    mode: Literal["stack", "continue"] = "stack"
+    rank_limit: Count | None = None
+
+    def lora(self) -> dict[str, Any]:
+        """The keyword arguments of ``LoraConfig``."""
+        return {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **(self.model_extra or {})}
+
+
+class TasksSection(_Section):
+    """The task sequence."""
+
+    format: str
+    """jsonl, trace, superni, long_sequence, or demo."""
+    path: str | None = None
+    order: list[str] | None = None
+    """Task names in order of training; None takes the format's own order."""
+    max_train: Count | None = None
+    max_test: Count | None = None
+    epochs: list[Annotated[float, Field(gt=0)]] | None = None
+    """Epochs of each task in ``order``; None uses ``training.num_train_epochs`` for all."""
+    max_length: Count = 512
+    """Tokens of prompt and answer together; longer prompts lose their middle."""
+
+
+class EvaluationSection(_Section):
+    """Greedy generation after each task on all tasks seen so far."""
+
+    max_new_tokens: Count = 64
+    batch_size: Count = 32
+    general: list[str] = []
+
+
+class Recipe(_Section):
+    """A whole run: resolved, validated, plain values."""
+
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    method: dict[str, Any] = {"name": "seekr"}
+    training: dict[str, Any] = {}
+    tasks: TasksSection
+    evaluation: EvaluationSection = EvaluationSection()
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    output_dir: str = "runs/run"
+
+    @property
+    def method_name(self) -> str:
+        """Name of the method."""
+        return str(self.method["name"])
+
+    def method_config(self) -> SeekrConfig:
+        """The method's knobs; the recipe's seed unless the method has its own."""
+        settings = {key: value for key, value in self.method.items() if key != "name"}
+        return SeekrConfig.from_mapping({"seed": self.seed, **settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML."""
+        return self.model_dump(mode="json")
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe without loading a model or data.
+
+    Args:
+        source: A YAML file, a mapping, or a Recipe.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+
+    Raises:
+        ConfigError: ``problems`` holds every mistake, one sentence each.
+    """
+    if isinstance(source, Recipe):
+        source = source.to_dict()
+    mapping = _read_yaml(Path(source)) if isinstance(source, (str, Path)) else _copied(source)
+    problems: list[str] = []
+    for override in overrides:
+        _override(mapping, override, problems)
+    mapping = _expanded(mapping)
+    recipe = _validated(mapping, problems)
+    for check in (_method_problems, _training_problems, _adapter_problems, _model_problems, _task_problems):
+        problems += _without_crash(check, mapping)
+    if problems or recipe is None:
+        raise ConfigError(problems)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML."""
+    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}; give the path of a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"recipe {path} is not YAML: {detail}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(
+            f"recipe {path} must be a mapping with the keys model, tasks, ..., got {type(document).__name__}."
+        )
+    return document
+
+
+def _override(mapping: dict[str, Any], override: str, problems: list[str]) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        problems.append(
+            f"override {override!r} must have the form section.key=value, as in training.learning_rate=1e-4."
+        )
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        problems.append(f"override {override!r}: the value {text!r} is not YAML.")
+        return
+    target = mapping
+    for part in parts[:-1]:
+        nested = target.setdefault(part, {})
+        if not isinstance(nested, dict):
+            problems.append(f"override {override!r}: {part} is {nested!r}, not a section.")
+            return
+        target = nested
+    target[parts[-1]] = value
+
+
+def _validated(mapping: dict[str, Any], problems: list[str]) -> Recipe | None:
+    try:
+        return Recipe.model_validate(mapping)
+    except ValidationError as error:
+        problems += [_sentence(detail, mapping) for detail in error.errors()]
+        return None
+
+
+def _sentence(detail: Any, mapping: dict[str, Any]) -> str:
+    path = [str(part) for part in detail["loc"]]
+    where = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        return unknown_key(path[-1], _known_keys(path[:-1]), "".join(f"{part}." for part in path[:-1]))
+    if detail["type"] == "missing":
+        return f"{where} is missing; add it to the recipe."
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{where}: {message}, got {detail['input']!r}."
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _method_problems(mapping: dict[str, Any]) -> list[str]:
+    method = mapping.get("method", {"name": "seekr"})
+    if not isinstance(method, dict):
+        return []
+    problems = []
+    known = get_args(MethodName)
+    if method.get("name", None) not in known:
+        problems.append(f"method.name must be one of {', '.join(known)}, got {method.get('name')!r}.")
+    try:
+        SeekrConfig.from_mapping({key: value for key, value in method.items() if key != "name"})
+    except ConfigError as error:
+        problems += [f"method.{problem}".replace("did you mean ", "did you mean method.") for problem in error.problems]
+    return problems
+
+
+def _training_problems(mapping: dict[str, Any]) -> list[str]:
+    training = mapping.get("training", {})
+    if not isinstance(training, dict):
+        return []
+    from transformers import TrainingArguments
+
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    problems = []
+    for key, value in training.items():
+        if key in _SET_BY_THE_RUN:
+            problems.append(f"training.{key} is set by the run; use {_SET_BY_THE_RUN[key]} instead.")
+        elif key not in fields:
+            problems.append(unknown_key(key, list(fields), "training."))
+        elif key in _POSITIVE and not (_is_number(value) and value > 0):
+            problems.append(f"training.{key} must be a number above 0, got {value!r}.")
+        elif type(fields[key].default) in (int, float) and not _is_number(value):
+            problems.append(f"training.{key} must be a number, got {value!r}.")
+    return problems
+
+
+def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
+    adapter = mapping.get("adapter", {})
+    if not isinstance(adapter, dict):
+        return []
+    from peft import LoraConfig
+
+    known = [field.name for field in dataclasses.fields(LoraConfig)]
+    own = list(AdapterSection.model_fields)
+    problems = [unknown_key(key, [*own, *known], "adapter.") for key in adapter if key not in (*own, *known)]
+    for key in ("r", "lora_alpha"):
+        value = adapter.get(key, 1)
+        if not _is_number(value) or value < 1:
+            problems.append(f"adapter.{key} must be a number of at least 1, got {value!r}.")
+    return problems
+
+
+def _model_problems(mapping: dict[str, Any]) -> list[str]:
+    name = mapping["model"]["name_or_path"]
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    if name == DEMO or not looks_local:
+        return []
+    if not (Path(name).expanduser() / "config.json").is_file():
+        return [f"model.name_or_path: {name} has no config.json; give a model folder or a name on the hub."]
+    return []
+
+
+def _task_problems(mapping: dict[str, Any]) -> list[str]:
+    from .tasks import find_task_problems
+
+    tasks = mapping["tasks"]
+    order, epochs = tasks.get("order"), tasks.get("epochs")
+    problems = []
+    if tasks["format"] == DEMO:
+        from .demo.words import TASK_NAMES
+
+        unknown = [name for name in order or [] if name not in TASK_NAMES]
+        problems += [f"tasks.order: {unknown_key(name, list(TASK_NAMES))}" for name in unknown]
+        twice = {name for name in order or [] if order.count(name) > 1}
+        problems += [f"tasks.order names {name!r} more than once." for name in sorted(twice)]
+        order = order or list(TASK_NAMES)
+    elif not tasks.get("path"):
+        problems.append(f"tasks.path is missing; format {tasks['format']!r} needs the folder of the tasks.")
+    else:
+        problems += [f"tasks: {problem}" for problem in find_task_problems(tasks["format"], tasks["path"], order)]
+    if epochs is not None and order is not None and len(epochs) != len(order):
+        problems.append(f"tasks.epochs has {len(epochs)} numbers for {len(order)} tasks; give one for each.")
+    if mapping.get("evaluation", {}).get("general"):
+        problems.append("evaluation.general: general-ability tests are not part of this version; leave it empty.")
+    return problems
+
+
+def _without_crash(check: Callable[[dict[str, Any]], list[str]], mapping: dict[str, Any]) -> list[str]:
+    """A section of the wrong shape was already reported by its type; its further checks then have nothing to say."""
+    try:
+        return check(mapping)
+    except (KeyError, TypeError, AttributeError):
+        return []
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_PLAIN_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def _expanded(value: Any) -> Any:
+    """Fill in ``${NAME:-default}`` from the environment, and read 1e-4 as a number (YAML 1.1 calls it text)."""
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if _PLAIN_FLOAT.fullmatch(value):
+        return float(value)
+    return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[2] or ""), value)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,373 @@
+"""A task sequence as one resumable run directory: ``run_recipe``. May import everything but ``cli`` and ``demo.run``.
+
+A task is *trained* once ``method.json`` lists it (adapter and memory are on disk by then) and *finished* once
+``state.json`` counts it (evaluated as well). Both files are replaced atomically, so a kill at any moment loses at most
+the task in progress.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers import TrainingArguments, set_seed
+
+from .errors import RunError
+from .evaluation import AccuracyMatrix, evaluate_task
+from .methods import METHODS, ContinualMethod
+from .methods.base import STATE_FILE as METHOD_STATE_FILE
+from .methods.base import read_method_state, write_json
+from .modeling import load_model
+from .progress import RunProgress, StepReporter, describe_terms
+from .recipe import DEMO, Recipe, load_recipe, save_recipe
+from .report import write_report
+from .tasks import Task, read_tasks
+from .trainer import ContinualTrainer
+
+RECIPE_FILE, STATE_FILE, METRICS_FILE = "recipe.yaml", "state.json", "metrics.jsonl"
+_PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind: its ``directory``, the ``matrix`` of scores, and the path of the ``report`` page."""
+
+    directory: Path
+    matrix: AccuracyMatrix
+    report: Path
+
+
+def run_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+) -> RunResult:
+    """Train the recipe's tasks one after another, evaluate after each, and write the run directory.
+
+    Args:
+        source: A recipe file, mapping or ``Recipe``.
+        overrides: ``section.key=value`` strings.
+        resume: Go on after the last finished task of the run directory.
+        console: Where to report; a plain ``Console()`` on stderr by default.
+
+    Raises:
+        ConfigError: The recipe has mistakes (all are listed); nothing was loaded.
+        RunError: The run directory is in use, not empty, of another recipe, or there is nothing to resume.
+    """
+    recipe = load_recipe(source, overrides)
+    directory = Path(recipe.output_dir)
+    _check_directory(directory, recipe, resume)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory), RunProgress(console or Console(stderr=True)) as progress, _logging_to(progress.console):
+        _check_directory(directory, recipe, resume)
+        if not resume:
+            save_recipe(recipe, directory / RECIPE_FILE)
+        return _Run(recipe, directory, progress).execute()
+
+
+class _Run:
+    """The state of one call of ``run_recipe``."""
+
+    def __init__(self, recipe: Recipe, directory: Path, progress: RunProgress) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self.progress = progress
+        self.started = time.monotonic()
+        self.environment = _environment()
+        write_json(directory / "environment.json", self.environment)
+
+    def execute(self) -> RunResult:
+        tasks = load_tasks(self.recipe)
+        names = [task.name for task in tasks]
+        set_seed(self.recipe.seed)
+        model, tokenizer = load_model(self.recipe)
+        method = METHODS[self.recipe.method_name](
+            model,
+            self.recipe.method_config(),
+            directory=self.directory,
+            adapter_mode=self.recipe.adapter.mode,
+            rank_limit=self.recipe.adapter.rank_limit,
+        )
+        finished = _finished_tasks(self.directory)
+        trained = _trained_tasks(self.directory)
+        if trained:
+            method.restore(names[:trained])
+            self.progress.say(f"resuming after task {names[trained - 1]} ({trained} of {len(names)} trained)")
+        _cut_metrics(self.directory / METRICS_FILE, trained)
+        matrix = AccuracyMatrix.load(self.directory) if finished else AccuracyMatrix(names)
+        self._write_task_facts(tasks)
+        for index, task in enumerate(tasks):
+            if index >= trained:
+                tokenized = task.tokenized(tokenizer, self.recipe.tasks.max_length)
+                self._train(method, tokenized, index, f"{index + 1}/{len(tasks)} {task.name}")
+            if index >= finished:
+                self._evaluate(model, tokenizer, tasks[: index + 1], matrix)
+                self._write_state(names, index + 1)
+        method.stack.export(self.directory / "adapter")
+        write_json(
+            self.directory / "environment.json",
+            {**self.environment, "seconds": round(time.monotonic() - self.started, 1)},
+        )
+        report = write_report(self.directory)
+        self._summary(matrix, report)
+        return RunResult(self.directory, matrix, report)
+
+    def _train(self, method: ContinualMethod, task: Task, index: int, label: str) -> None:
+        # Each task has its own seed, so a resumed run draws the same numbers as one that was never stopped.
+        set_seed(self.recipe.seed + index)
+        reporter = StepReporter(self.progress, self.directory / METRICS_FILE, task.name, index, label)
+        with method.task(task.name, replay_from=task.train):
+            trainer = ContinualTrainer(
+                model=method.model,
+                method=method,
+                args=self._training_arguments(index),
+                train_dataset=task.train,
+                callbacks=[reporter],
+            )
+            _remove_printers(trainer)
+            trainer.train()
+        cut = f", {task.cut} prompts shortened" if task.cut else ""
+        self.progress.say(
+            f"trained {label}: {reporter.n_steps} steps, {describe_terms(reporter.last)}{cut}{_teacher_text(method)}"
+        )
+
+    def _training_arguments(self, index: int) -> TrainingArguments:
+        epochs = self.recipe.tasks.epochs
+        settings = {
+            "save_strategy": "no",
+            "logging_steps": 10,
+            "report_to": [],
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            **self.recipe.training,
+        }
+        if epochs is not None:
+            settings["num_train_epochs"] = epochs[index]
+        return TrainingArguments(
+            output_dir=str(self.directory),
+            seed=self.recipe.seed + index,
+            use_cpu=not torch.cuda.is_available(),
+            **settings,
+        )
+
+    def _evaluate(self, model: Any, tokenizer: Any, seen: list[Task], matrix: AccuracyMatrix) -> None:
+        after = seen[-1].name
+        folder = self.directory / "predictions" / f"{len(seen):02d}-{after}"
+        folder.mkdir(parents=True, exist_ok=True)
+        bar = self.progress.start(f"evaluating after {after}", len(seen))
+        for number, task in enumerate(seen, start=1):
+            evaluation = evaluate_task(
+                model,
+                tokenizer,
+                task,
+                max_new_tokens=self.recipe.evaluation.max_new_tokens,
+                batch_size=self.recipe.evaluation.batch_size,
+                max_length=self.recipe.tasks.max_length,
+            )
+            matrix.record(after=after, on=task.name, score=evaluation.score)
+            lines = [json.dumps(prediction, ensure_ascii=False) for prediction in evaluation.predictions]
+            (folder / f"{number:02d}-{task.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            self.progress.update(bar, number)
+        self.progress.finish(bar)
+        matrix.save(self.directory)
+        scores = "  ".join(f"{task.name} {100 * (matrix.score(after=after, on=task.name) or 0):.1f}" for task in seen)
+        self.progress.say(f"  after {after}: {scores}")
+
+    def _write_task_facts(self, tasks: list[Task]) -> None:
+        facts = [
+            {
+                "name": task.name,
+                "metric": task.metric,
+                "n_train": len(task.train),
+                "n_test": len(task.test),
+                "majority_class": majority_class(task),
+            }
+            for task in tasks
+        ]
+        write_json(self.directory / "tasks.json", facts)
+
+    def _write_state(self, names: list[str], finished: int) -> None:
+        write_json(
+            self.directory / STATE_FILE,
+            {
+                "finished_tasks": finished,
+                "tasks": names,
+                "last_finished": names[finished - 1],
+                "status": "finished" if finished == len(names) else "running",
+            },
+        )
+
+    def _summary(self, matrix: AccuracyMatrix, report: Path) -> None:
+        self.progress.console.print(matrix.to_rich_table())
+        self.progress.say(
+            f"OP {100 * matrix.op():.2f}   BWT {100 * matrix.bwt():+.2f}   "
+            f"(OP = mean of the last column; BWT = mean over i<K of a[i,K] - a[i,i])"
+        )
+        self.progress.say(f"adapter: {self.directory / 'adapter'}   report: {report}")
+
+
+def load_tasks(recipe: Recipe) -> list[Task]:
+    """The recipe's tasks in order of training."""
+    section = recipe.tasks
+    if section.format == DEMO:
+        from .demo.words import demo_tasks
+
+        sizes = {"n_train": section.max_train or 600, "n_test": section.max_test or 100}
+        found = {record["name"]: record for record in demo_tasks(recipe.seed, **sizes)}
+        order = section.order or list(found)
+        return [Task.from_records(name, found[name]["train"], found[name]["test"]) for name in order]
+    return read_tasks(
+        section.format, str(section.path), section.order, section.max_train, section.max_test, recipe.seed
+    )
+
+
+def majority_class(task: Task) -> float:
+    """Share of the most frequent answer in the test set: what a constant answer would score under exact match."""
+    counts = Counter(answer.strip().casefold() for answer in task.test["answer"])
+    return counts.most_common(1)[0][1] / len(task.test)
+
+
+def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse a directory that holds another run, one that is finished, or that has nothing to resume."""
+    path = directory / RECIPE_FILE
+    entries = [entry for entry in directory.iterdir() if entry.name != ".lock"] if directory.is_dir() else []
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"output_dir {directory} is a file; choose another folder.")
+    if not resume:
+        if path.is_file():
+            raise RunError(
+                f"{directory} already holds a run; go on with --resume, choose another output_dir, or delete it."
+            )
+        if entries:
+            raise RunError(
+                f"{directory} is not empty and holds no run ({entries[0].name} is there); choose another output_dir."
+            )
+        return
+    if not path.is_file():
+        raise RunError(f"{directory} holds no run to resume (no {RECIPE_FILE}); start it without --resume.")
+    old = load_recipe(path).to_dict()
+    changed = _difference(old, recipe.to_dict())
+    if changed:
+        raise RunError(
+            f"{directory} was started with another recipe ({changed}); resume with the same recipe, or choose another "
+            f"output_dir."
+        )
+
+
+def _difference(old: Any, new: Any, where: str = "") -> str:
+    """The first key in which two recipes differ, with both values; empty when they agree."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            found = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+            if found:
+                return found
+        return ""
+    return "" if old == new or where == "output_dir" else f"{where} was {old!r}, now {new!r}"
+
+
+@contextmanager
+def _locked(directory: Path) -> Any:
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        # The operating system releases it when the process dies.
+        with lock:
+            yield
+    except Timeout:
+        raise RunError(
+            f"{directory} is in use by another process; wait for it, or choose another output_dir."
+        ) from None
+
+
+@contextmanager
+def _logging_to(console: Console) -> Any:
+    """Show the package's warnings on the console (above the bar) for as long as the run lasts."""
+    logger = logging.getLogger("seekr_peft")
+    handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def _finished_tasks(directory: Path) -> int:
+    path = directory / STATE_FILE
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["finished_tasks"]) if path.is_file() else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is broken ({error}); start the run again in another output_dir.") from error
+
+
+def _trained_tasks(directory: Path) -> int:
+    if not (directory / METHOD_STATE_FILE).is_file():
+        shutil.rmtree(directory / "tasks", ignore_errors=True)
+        return 0
+    return len(read_method_state(directory)["tasks"])
+
+
+def _cut_metrics(path: Path, trained: int) -> None:
+    """Drop the lines of tasks that will be trained again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        # A kill may have left half a last line.
+        with suppress(ValueError):
+            if json.loads(line)["task_index"] < trained:
+                kept.append(line)
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _remove_printers(trainer: Any) -> None:
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+
+def _teacher_text(method: ContinualMethod) -> str:
+    memory = getattr(method, "memory", None)
+    if memory is None or not memory.tasks:
+        return ""
+    task = memory.tasks[-1]
+    text = f"; kept {len(task)} samples, {task.bytes / 1000:.1f} kB"
+    if task.quality is not None:
+        text += f"; teacher {task.quality.loss:.2f} nats a token, entropy {task.quality.answer_entropy:.2f}"
+    return text
+
+
+def _environment() -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+    }
+    return {"versions": versions, "machine": machine, "command": " ".join(sys.argv), "seconds": None}

@@ -1,0 +1,31 @@
+"""Settings of every test: no network, one seed per test, quiet libraries, and the folder of larger test material."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before transformers or datasets are imported: nothing is downloaded, and a test that would try fails at once.
+os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, alone or in company."""
+    torch.manual_seed(20241106)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder named by ``SEEKR_SHARED`` (by default ``../shared`` beside the repository), or a skip."""
+    path = Path(os.environ.get("SEEKR_SHARED", REPOSITORY.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"needs the shared folder {path}; set SEEKR_SHARED to where it is")
+    return path
