@@ -20,11 +20,15 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .errors import AdapterError
 
 Mode = Literal["stack", "continue"]
+_SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
+"""What decides the shape and the scale of an adapter's change."""
+
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
@@ -72,6 +76,8 @@ class AdapterStack:
         self.earlier: str | None = None
         self.last_consolidation: Consolidation | None = None
         self._template = _checked_template(model)
+        # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
+        self._unused: list[str] = []
         self._before: dict[str, Tensor] = {}
         self._frozen_fingerprint = ""
         self._adopt_existing()
@@ -99,10 +105,11 @@ class AdapterStack:
 
         ``PeftModel.set_adapter`` takes one name only, and its tuner's takes a list but makes them all trainable.
         """
+        # The PeftModel's own name picks the configuration that its forward reads, so it must exist even when none acts.
+        self.model.set_adapter(self.current or self.earlier or self._unused[0])
         if self.current is None:
-            self._show([self.earlier] if self.earlier else [])
+            self._show(self._frozen_names())
             return
-        self.model.set_adapter(self.current)
         self._show([*self._frozen_names(), self.current])
         self.model.base_model.set_requires_grad(self.current, True)
 
@@ -110,14 +117,14 @@ class AdapterStack:
         """End the task: check that nothing frozen moved, freeze the adapter and add it to the earlier ones."""
         current = self._require_current()
         self.check_frozen_unchanged()
-        self.n_tasks += 1
         if self.mode == "continue":
-            self.current, self.earlier, self._before = None, current, {}
+            self.earlier, self._before = current, {}
             self.last_consolidation = Consolidation(self._template.r, 0.0, 0.0)
         else:
-            names = [*self._frozen_names(), current]
-            self.current = None
-            self.earlier = self._consolidate(names)
+            # May run out of memory; until it is done the task can still be abandoned.
+            self.earlier = self._consolidate(f"earlier_{self.n_tasks + 1:02d}", [*self._frozen_names(), current])
+        self.n_tasks += 1
+        self.current = None
         self.activate()
         return self.last_consolidation
 
@@ -130,7 +137,7 @@ class AdapterStack:
                 for key, value in self._parameters_of(current).items():
                     value.copy_(self._before[key])
         else:
-            self._show([self.earlier] if self.earlier else [])
+            self.activate()
             self.model.base_model.delete_adapter(current)
         self._before = {}
         self.activate()
@@ -220,7 +227,7 @@ class AdapterStack:
         """
         for directory in directories if self.mode == "stack" else directories[-1:]:
             self.begin()
-            _load(self.model, self._require_current(), directory)
+            _load(self.model, self._require_current(), Path(directory))
             self.finish()
         self.n_tasks = len(directories)
 
@@ -235,11 +242,10 @@ class AdapterStack:
                     f"mode 'continue' needs a model with one adapter, got {names}; delete the others first."
                 )
             self.earlier = names[0]
-        elif trained:
-            self.earlier = self._consolidate(trained)
-        for name in names:
-            if name != self.earlier and name in self.model.peft_config:
-                self._unused = name
+        else:
+            self._unused = [name for name in names if name not in trained]
+            if trained:
+                self.earlier = self._consolidate("earlier_00", trained)
         self.activate()
 
     def _require_current(self) -> str:
@@ -252,10 +258,6 @@ class AdapterStack:
 
     def _add(self, name: str, config: LoraConfig) -> str:
         self.model.add_adapter(name, copy.deepcopy(config))
-        unused, self._unused = getattr(self, "_unused", None), None
-        if unused:
-            self.model.set_adapter(name)
-            self.model.base_model.delete_adapter(unused)
         return name
 
     def _show(self, names: list[str]) -> None:
@@ -282,7 +284,8 @@ class AdapterStack:
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _consolidate(self, names: list[str]) -> str:
+    def _consolidate(self, name: str, names: list[str]) -> str:
+        """Replace the adapters ``names`` by one called ``name``; nothing has changed yet if the arithmetic fails."""
         factors = {path: _summed_factors(layer, names) for path, layer in _lora_layers(self.model)}
         rank = max(a.shape[0] for a, _ in factors.values())
         discarded = [(0.0, 1.0)]
@@ -291,7 +294,6 @@ class AdapterStack:
             factors = {path: (a, b) for path, (a, b, _, _) in truncated.items()}
             discarded = [(lost, total) for _, _, lost, total in truncated.values()]
             rank = self.rank_limit
-        name = f"earlier_{self.n_tasks:02d}"
         # lora_alpha = r gives scaling 1: the old scalings are inside A. A frozen adapter has no dropout.
         config = replace(
             self._template,
@@ -304,10 +306,10 @@ class AdapterStack:
         )
         self._add(name, config)
         _fill(self.model, name, factors)
-        self._show([name])
         self.model.set_adapter(name)
-        for old in names:
+        for old in [*names, *self._unused]:
             self.model.base_model.delete_adapter(old)
+        self._unused = []
         total = sum(total for _, total in discarded)
         self.last_consolidation = Consolidation(
             rank,
@@ -318,11 +320,12 @@ class AdapterStack:
 
     def _save(self, name: str, directory: Path) -> None:
         directory = Path(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as temporary:
             # PEFT writes any adapter but "default" into a folder of its name.
             self.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
             written = Path(temporary) / name if name != "default" else Path(temporary)
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)
             for file in (WEIGHTS_FILE, CONFIG_FILE):
                 shutil.move(written / file, directory / file)
 
@@ -334,7 +337,21 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _checked_template(model: PeftModel) -> LoraConfig:
-    name = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+    """The configuration of the active adapter; every adapter of the model must be one that can be added up."""
+    for name in model.peft_config:
+        _check_summable(model, name)
+    active = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+    template: Any = model.peft_config[active]
+    for name, config in model.peft_config.items():
+        if _names(config.target_modules) != _names(template.target_modules):
+            raise AdapterError(
+                f"adapters {active!r} and {name!r} sit on different modules ({template.target_modules!r} and "
+                f"{config.target_modules!r}), so they cannot become one; use one adapter, or equal target_modules."
+            )
+    return replace(copy.deepcopy(template), inference_mode=False)
+
+
+def _check_summable(model: PeftModel, name: str) -> None:
     config: Any = model.peft_config[name]
     if not isinstance(config, LoraConfig):
         raise AdapterError(
@@ -362,7 +379,6 @@ def _checked_template(model: PeftModel) -> LoraConfig:
             raise AdapterError(
                 f"adapter {name!r} sits on {path}, which is no linear layer; use target_modules='all-linear'."
             )
-    return replace(copy.deepcopy(config), inference_mode=False)
 
 
 def _is_trained(model: nn.Module, name: str) -> bool:
@@ -384,7 +400,7 @@ def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, f
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
-    left, singular, right = torch.linalg.svd(r_b @ r_a.T)
+    left, singular, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = singular[:rank].sqrt()
     new_b = q_b @ left[:, :rank] * root
     new_a = root[:, None] * (right[:rank] @ q_a.T)
@@ -403,16 +419,31 @@ def _fill(model: nn.Module, name: str, factors: dict[str, tuple[Tensor, Tensor]]
 
 
 def _load(model: PeftModel, name: str, directory: Path) -> None:
-    # load_peft_weights would fall back to a pickle file; that one is never read.
-    if not (Path(directory) / WEIGHTS_FILE).is_file():
-        raise AdapterError(
-            f"{Path(directory) / WEIGHTS_FILE} is missing; the run directory is incomplete, so start it again "
-            f"without --resume."
-        )
-    weights = load_peft_weights(str(directory), device="cpu")
-    result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    """Read an adapter that ``_save`` wrote into adapter ``name`` of the same settings."""
+    # load_peft_weights would fall back to torch's own format, which can run code; that one is never read.
+    for file in (WEIGHTS_FILE, CONFIG_FILE):
+        if not (directory / file).is_file():
+            raise AdapterError(
+                f"{directory / file} is missing; the run directory is incomplete, so start it again without --resume."
+            )
+    advice = "use the base model and LoRA settings it was trained with"
+    try:
+        saved = LoraConfig.from_pretrained(str(directory))
+        weights = load_peft_weights(str(directory), device="cpu")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise AdapterError(f"{directory} cannot be read ({error}); start the run again without --resume.") from error
+    for key in _SETTINGS:
+        found, wanted = getattr(saved, key), getattr(model.peft_config[name], key)
+        if _names(found) != _names(wanted):
+            raise AdapterError(f"{directory} was trained with {key}={found!r}, the model has {wanted!r}; {advice}.")
+    try:
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:
+        raise AdapterError(f"{directory} does not fit the model ({error}); {advice}.") from error
     if result.unexpected_keys:
-        raise AdapterError(
-            f"{directory} does not fit the model: it has {result.unexpected_keys[0]!r}; use the base model and LoRA "
-            f"settings it was trained with."
-        )
+        raise AdapterError(f"{directory} does not fit the model: it has {result.unexpected_keys[0]!r}; {advice}.")
+
+
+def _names(setting: Any) -> Any:
+    """A setting in which the order of a list of names does not count."""
+    return sorted(setting) if isinstance(setting, (list, set)) else setting

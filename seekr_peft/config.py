@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -109,31 +110,13 @@ class SeekrConfig:
 
     def _problems(self) -> list[str]:
         hints = get_type_hints(type(self))
-        problems = [
-            f"{field.name} must be {_describe(hints[field.name])}, got {getattr(self, field.name)!r}."
-            for field in dataclasses.fields(self)
-            if not _has_type(getattr(self, field.name), hints[field.name])
-        ]
-        if problems:
-            return problems
-
-        def require(holds: bool, name: str, rule: str) -> None:
-            if not holds:
-                problems.append(f"{name} must be {rule}, got {getattr(self, name)!r}.")
-
-        require(0 < self.replay_ratio <= 1, "replay_ratio", "in (0, 1]")
-        for name in ("layer_budget", "head_budget"):
-            budget_rule = "None, a count of at least 1, or a share in (0, 1]"
-            require(_is_budget(getattr(self, name)), name, budget_rule)
-        require(self.query_budget is None or self.query_budget >= 1, "query_budget", "None or at least 1")
-        require(0 <= self.lambda1 <= 1, "lambda1", "in [0, 1]")
-        require(0 <= self.lambda2 < math.inf, "lambda2", "at least 0 and finite")
-        require(self.replay_every is None or self.replay_every >= 1, "replay_every", "None or at least 1")
-        for name in ("min_replay_passes", "replay_batch_size", "row_top_k", "logit_top_k"):
-            require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("teacher_loss_limit", "teacher_entropy_limit"):
-            require(getattr(self, name) > 0, name, "above 0")
-        require(self.seed >= 0, "seed", "at least 0")
+        problems = []
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if not _has_type(value, hints[name]):
+                problems.append(f"{name} must be {_describe(hints[name])}, got {value!r}.")
+            elif name in _BOUNDS and not _BOUNDS[name][1](value):
+                problems.append(f"{name} must be {_BOUNDS[name][0]}, got {value!r}.")
         return problems
 
     @classmethod
@@ -160,8 +143,14 @@ class SeekrConfig:
 
     @classmethod
     def load(cls, path: Path) -> "SeekrConfig":
-        """Read what ``save`` wrote."""
-        return cls.from_mapping(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what ``save`` wrote; ConfigError when it is no JSON object."""
+        try:
+            mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read as JSON ({error}); SeekrConfig.save writes it.") from error
+        if not isinstance(mapping, dict):
+            raise ConfigError(f"{path} holds a {type(mapping).__name__}; it must be an object of settings.")
+        return cls.from_mapping(mapping)
 
 
 def budget_count(budget: int | float | None, available: int) -> int:
@@ -190,6 +179,30 @@ def _is_budget(budget: int | float | None) -> bool:
     if isinstance(budget, float):
         return 0 < budget <= 1 or (budget > 1 and budget.is_integer())
     return budget >= 1
+
+
+def _at_least_one(value: int | None) -> bool:
+    return value is None or value >= 1
+
+
+_BUDGET_RULE = "None, a count of at least 1, or a share in (0, 1]"
+_BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "replay_ratio": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "layer_budget": (_BUDGET_RULE, _is_budget),
+    "head_budget": (_BUDGET_RULE, _is_budget),
+    "query_budget": ("None or at least 1", _at_least_one),
+    "lambda1": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "lambda2": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "replay_every": ("None or at least 1", _at_least_one),
+    "min_replay_passes": ("at least 1", _at_least_one),
+    "replay_batch_size": ("at least 1", _at_least_one),
+    "row_top_k": ("at least 1", _at_least_one),
+    "logit_top_k": ("at least 1", _at_least_one),
+    "teacher_loss_limit": ("above 0", lambda value: value > 0),
+    "teacher_entropy_limit": ("above 0", lambda value: value > 0),
+    "seed": ("at least 0", lambda value: value >= 0),
+}
+"""Field to its rule in words and as a test of a value of the right type."""
 
 
 def _has_type(value: Any, hint: Any) -> bool:

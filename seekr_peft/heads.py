@@ -113,9 +113,9 @@ class HeadSelection(Mapping[int, tuple[int, ...]]):
 
 
 def normalise_per_layer(sensitivity: Tensor) -> Tensor:
-    """Divide each layer's row of ``(n_layers, n_heads)`` by its sum; a row of zeros stays zero."""
+    """Divide each layer's row of ``(n_layers, n_heads)`` by its sum; a row of zeros stays zero, NaN stays NaN."""
     totals = sensitivity.sum(dim=1, keepdim=True)
-    return torch.where(totals > 0, sensitivity / totals.clamp_min(torch.finfo(totals.dtype).tiny), 0)
+    return torch.where(totals == 0, 0, sensitivity / totals)
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,10 @@ def logits_kl(logits: Tensor, teacher: TeacherDistributions) -> Tensor:
     stored = torch.special.xlogy(kept, kept) - torch.where(kept > 0, kept * kept_log, 0)
     per_position = stored.sum(dim=-1)
     if (remaining > 0).any():
-        # Absent entries (probability 0) belong to no one: their index may repeat, and masking it twice is harmless.
-        others = log_probabilities.scatter(-1, indices, float("-inf")).logsumexp(dim=-1)
+        # An absent entry (probability 0) is one of the others, whatever token its index names (padding names token 0).
+        is_stored = torch.zeros_like(log_probabilities, dtype=torch.uint8)
+        is_stored = is_stored.scatter_add(-1, indices, (kept > 0).to(torch.uint8)) > 0
+        others = log_probabilities.masked_fill(is_stored, float("-inf")).logsumexp(dim=-1)
         rest = torch.special.xlogy(remaining, remaining) - remaining * others
         per_position = per_position + torch.where(remaining > 0, rest, 0)
     return per_position.mean()

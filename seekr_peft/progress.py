@@ -57,7 +57,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class StepReporter(TrainerCallback):

@@ -28,7 +28,7 @@ from rich.logging import RichHandler
 from transformers import TrainingArguments, set_seed
 
 from .errors import RunError
-from .evaluation import AccuracyMatrix, evaluate_task
+from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task
 from .methods import METHODS, ContinualMethod
 from .methods.base import STATE_FILE as METHOD_STATE_FILE
 from .methods.base import read_method_state, write_json
@@ -217,10 +217,8 @@ class _Run:
 
     def _summary(self, matrix: AccuracyMatrix, report: Path) -> None:
         self.progress.console.print(matrix.to_rich_table())
-        self.progress.say(
-            f"OP {100 * matrix.op():.2f}   BWT {100 * matrix.bwt():+.2f}   "
-            f"(OP = mean of the last column; BWT = mean over i<K of a[i,K] - a[i,i])"
-        )
+        self.progress.say(f"OP {100 * matrix.op():.2f}   {FORMULAS['op']}")
+        self.progress.say(f"BWT {100 * matrix.bwt():+.2f}   {FORMULAS['bwt']}")
         self.progress.say(f"adapter: {self.directory / 'adapter'}   report: {report}")
 
 

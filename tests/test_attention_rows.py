@@ -32,7 +32,7 @@ BATCH, HEADS, QUERIES, KEYS, DIM = 2, 3, 5, 11, 7
 def make_inputs(dtype: torch.dtype = torch.float64, bias: bool = True, masked: float = 0.3, **sizes: int) -> RowInputs:
     """Random rows; every query may look at key 0, and the last query of sample 0 is padding."""
     batch, heads, n_queries, n_keys, dim = {
-        **dict(batch=BATCH, heads=HEADS, n_queries=QUERIES, n_keys=KEYS, dim=DIM),
+        **{"batch": BATCH, "heads": HEADS, "n_queries": QUERIES, "n_keys": KEYS, "dim": DIM},
         **sizes,
     }.values()
     allowed = torch.rand(batch, 1, n_queries, n_keys) >= masked
@@ -239,7 +239,7 @@ def test_identical_rows_have_no_kl_and_no_gradient(top_k: int | None) -> None:
 
 
 def test_float32_rows_shorter_than_k_have_exactly_no_remaining_mass() -> None:
-    """A causal query near the start has fewer keys than k; rounding must not look like a mass that the student lacks."""
+    """A causal query near the start has fewer keys than k; rounding must not look like a mass of other keys."""
     inputs = make_inputs(torch.float32, n_queries=64, n_keys=64, masked=0.0)
     inputs = replace(inputs, allowed=torch.ones(1, 1, 64, 64, dtype=torch.bool).tril(), bias=None)
     rows = row_probabilities(replace(inputs, real=torch.ones_like(inputs.real))).detach()

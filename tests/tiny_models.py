@@ -129,7 +129,7 @@ def save_llama(path: Path, **changes: Any) -> Path:
 
 
 def nf4_llama(path: Path, attention: str = "sdpa", **changes: Any) -> nn.Module:
-    """Load the tiny Llama saved under ``path`` (written there if missing) in NF4 with double quantisation, on the CPU."""
+    """The tiny Llama saved under ``path`` (written there if missing), in NF4 with double quantisation, on the CPU."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if not (path / "config.json").exists():

@@ -6,13 +6,16 @@ heads x queries x T, and longer query lists are walked in chunks. May import ``e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Result = TypeVar("Result")
 
 CHUNK_BYTES = 32 * 2**20
 """Upper limit of one chunk of row logits, in bytes; a longer list of queries is split."""
@@ -72,6 +75,20 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Run ``function`` (its first argument a tensor or ``RowInputs``) without autocast, which would round its float32
+    products to half precision."""
+
+    @wraps(function)
+    def run(first: Tensor | RowInputs, *rest: Any, **options: Any) -> Result:
+        tensor = first.query if isinstance(first, RowInputs) else first
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(first, *rest, **options)
+
+    return run
+
+
+@outside_autocast
 def row_probabilities(inputs: RowInputs) -> Tensor:
     """Softmax rows (batch, heads, n_queries, n_keys), float32 (float64 for float64 input), differentiable.
 
@@ -94,6 +111,7 @@ def row_weights(real: Tensor, n_heads: int) -> Tensor:
     return weights[:, None, :].expand(-1, n_heads, -1)
 
 
+@outside_autocast
 def row_kl(inputs: RowInputs, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
     """Weighted sum of KL(teacher row || student row); scalar in nats, float32 (float64 for float64 input).
 
@@ -141,6 +159,7 @@ def kl_of_rows(rows: Tensor, teacher: TeacherRows, weights: Tensor) -> Tensor:
     return (torch.where(weights > 0, per_row, 0) * weights.to(per_row)).sum()
 
 
+@outside_autocast
 def gradient_squares(output_gradient: Tensor, value: Tensor, allowed: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
     """Per head, the sum over the given rows and their allowed keys of (dL/dA)^2, where dL/dA = dO V^T.
 
@@ -163,6 +182,7 @@ def gradient_squares(output_gradient: Tensor, value: Tensor, allowed: Tensor, ch
     return total
 
 
+@outside_autocast
 def gradient_squares_causal(output_gradient: Tensor, value: Tensor, block: int = 64) -> Tensor:
     """``gradient_squares`` over all T causal rows in O(T d^2) by prefix Gram matrices, exactly.
 
@@ -187,6 +207,7 @@ def gradient_squares_causal(output_gradient: Tensor, value: Tensor, block: int =
     return total
 
 
+@outside_autocast
 def gradient_squares_full(output_gradient: Tensor, value: Tensor) -> Tensor:
     """``gradient_squares`` over all rows and all keys: trace((dO^T dO)(V^T V)) per head, O(T d^2)."""
     dtype = compute_dtype(output_gradient)
@@ -230,18 +251,26 @@ class _RowKL(torch.autograd.Function):
         query, key, log_sum = ctx.saved_tensors
         allowed, bias, real, scaling, teacher, weights = ctx.rest
         inputs = RowInputs(query, key, allowed, bias, real, scaling)
-        dtype = compute_dtype(query)
-        query_gradients = []
-        key_gradient = torch.zeros(key.shape, dtype=dtype, device=key.device)
-        for part in _query_chunks(inputs):
-            logit_gradient = _logit_gradient(_logits(inputs, part), log_sum[..., part], teacher, part)
-            weight = weights[:, :, part, None]
-            logit_gradient *= weight * outer * scaling
-            logit_gradient.masked_fill_(weight == 0, 0)
-            query_gradients.append(logit_gradient @ key.to(dtype))
-            key_gradient += logit_gradient.transpose(-1, -2) @ query[:, :, part].to(dtype)
-        query_gradient = torch.cat(query_gradients, dim=2).to(query.dtype)
-        return query_gradient, key_gradient.to(key.dtype), None, None, None
+        query_gradient, key_gradient = _row_kl_gradients(inputs, log_sum, teacher, weights * outer)
+        return query_gradient, key_gradient, None, None, None
+
+
+@outside_autocast
+def _row_kl_gradients(
+    inputs: RowInputs, log_sum: Tensor, teacher: TeacherRows, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    query, key = inputs.query, inputs.key
+    dtype = compute_dtype(query)
+    query_gradients = []
+    key_gradient = torch.zeros(key.shape, dtype=dtype, device=key.device)
+    for part in _query_chunks(inputs):
+        logit_gradient = _logit_gradient(_logits(inputs, part), log_sum[..., part], teacher, part)
+        weight = weights[:, :, part, None]
+        logit_gradient *= weight * inputs.scaling
+        logit_gradient.masked_fill_(weight == 0, 0)
+        query_gradients.append(logit_gradient @ key.to(dtype))
+        key_gradient += logit_gradient.transpose(-1, -2) @ query[:, :, part].to(dtype)
+    return torch.cat(query_gradients, dim=2).to(query.dtype), key_gradient.to(key.dtype)
 
 
 def _coarse_kl(logits: Tensor, log_sum: Tensor, teacher: TeacherRows, part: slice) -> Tensor:

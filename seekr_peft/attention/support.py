@@ -2,8 +2,8 @@
 
 What is relied on, beyond the public API: every attention module carries its ``layer_idx``; those that dispatch
 read their ``config._attn_implementation`` at call time to pick the attention function, and their modelling file
-imports ``ALL_ATTENTION_FUNCTIONS``; a checkpointed layer keeps ``_gradient_checkpointing_func``. The tests notice when one
-of these changes. May import ``errors``.
+imports ``ALL_ATTENTION_FUNCTIONS``; a checkpointed layer keeps ``_gradient_checkpointing_func``. The tests notice
+when one of these changes. May import ``errors``.
 """
 
 from __future__ import annotations

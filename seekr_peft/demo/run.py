@@ -67,7 +67,8 @@ def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> P
     )
     console.rule(align="left")
     console.print(_table(results))
-    console.print(f"measured in {time.monotonic() - started:.0f} s on this machine; the page: {page}", highlight=False)
+    seconds = time.monotonic() - started
+    console.print(f"measured in {seconds:.0f} s on this machine; the page: {page}", highlight=False, soft_wrap=True)
     return page
 
 

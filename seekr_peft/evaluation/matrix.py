@@ -200,10 +200,7 @@ class AccuracyMatrix:
             raise DataError(f"{path} is not an accuracy matrix: {error}") from error
 
     def to_rich_table(self) -> Table:
-        """A table for the terminal, in percent: the scores, then each figure after each task.
-
-        The last column gives the figures' formulas.
-        """
+        """A table for the terminal, in percent: the scores, then each figure after each task."""
         from rich.table import Table
         from rich.text import Text
 
@@ -215,13 +212,12 @@ class AccuracyMatrix:
         for name in self.task_names:
             # Text, because a name in square brackets would be read as markup.
             table.add_column(Text(name), justify="right")
-        table.add_column("formula")
         for name, row in zip(self.task_names, self.scores, strict=True):
             table.add_row(Text(name), *cells(row))
         table.add_section()
         for figure in ("op", "bwt", "forgetting"):
             values = cells(self._figure(figure, name) for name in self.task_names)
-            table.add_row(figure, *values, Text(FORMULAS[figure]))
+            table.add_row(figure.upper() if len(figure) < 4 else figure, *values)
         return table
 
     def _index(self, name: str) -> int:

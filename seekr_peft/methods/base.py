@@ -206,9 +206,11 @@ class ContinualMethod:
         partial.mkdir(parents=True)
         self.after_training(partial)
         self.stack.save_current(partial / "adapter")
-        os.replace(partial, target)
-        self.after_saving(target)
+        # What may still fail comes before the task counts as finished, so that it can be dropped as a whole.
         consolidation = self.stack.finish()
+        os.replace(partial, target)
+        self.task_names.append(name)
+        self.after_saving(target)
         if consolidation and consolidation.discarded_energy > 0:
             logger.warning(
                 "task %s: the earlier adapters were cut to rank %d, which discards %.3g of their squared singular "
@@ -218,7 +220,6 @@ class ContinualMethod:
                 consolidation.discarded_energy,
                 consolidation.worst_module_energy,
             )
-        self.task_names.append(name)
         self._write_state(self.directory)
 
     def after_saving(self, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 UNKNOWN_LENGTH_EVERY = 4
@@ -47,6 +48,6 @@ def plan_rhythm(
     if total_steps is None:
         return Rhythm(replay_every or UNKNOWN_LENGTH_EVERY)
     if replay_every is None:
-        batches = max(1.0, max(epochs, min_passes) * n_replay / min(batch_size, n_replay))
-        replay_every = int(total_steps / batches)
+        batches = math.ceil(max(epochs, min_passes) * n_replay / min(batch_size, n_replay))
+        replay_every = total_steps // max(1, batches)
     return Rhythm(max(1, min(replay_every, total_steps)))

@@ -1,0 +1,219 @@
+"""The replay step with attention distillation against the same step without it, and against the eager way.
+
+    python -m benchmarks.replay_step [--device cuda] [--lengths 512 1024 2048] [--out FILE.json]
+
+One process; the variants take turns, so that a drift of the machine's speed hits all of them. Prints time and peak
+memory as ratios to the step with replay and logits only, and the bytes that one replay sample takes on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.memory import PeakMemory
+from seekr_peft import AttentionTap, HeadSelection
+from seekr_peft.attention.rows import TeacherRows, kl_of_rows
+from seekr_peft.forward import answer_logits
+from seekr_peft.losses import combine, label_loss, logits_kl
+from seekr_peft.memory import ReplayBatch, ReplaySample, TaskMemory, collate, draw_queries
+from seekr_peft.scoring import teach
+
+LAYERS, HEADS = 8, 8
+QUERIES = 100
+ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One length: medians of seconds and of peak bytes by variant, and bytes on disk of one sample."""
+
+    length: int
+    seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+    sample_bytes: int
+    sample_bytes_dense: int
+
+
+def build_model(length: int, implementation: str, device: str) -> nn.Module:
+    """A random Llama (8 layers, 8 heads, hidden 256) with LoRA on every linear layer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=length,
+        attn_implementation=implementation,
+    )
+    base = LlamaForCausalLM(config).to(device)
+    return get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+
+
+def selected_heads() -> HeadSelection:
+    """12.5 % of the heads in 75 % of the layers, spread."""
+    layers = range(LAYERS - round(0.75 * LAYERS), LAYERS)
+    count = round(0.125 * LAYERS * HEADS)
+    heads: dict[int, list[int]] = {}
+    for i in range(count):
+        heads.setdefault(layers[i % len(layers)], []).append(i // len(layers))
+    return HeadSelection(heads)
+
+
+def make_sample(length: int) -> ReplaySample:
+    """A random sample whose last tokens are the answer."""
+    input_ids = torch.randint(3, 4096, (length,), generator=torch.Generator().manual_seed(length))
+    labels = torch.full((length,), -100)
+    labels[-ANSWER_TOKENS:] = input_ids[-ANSWER_TOKENS:]
+    return ReplaySample(input_ids, labels, draw_queries(length, QUERIES, seed=0))
+
+
+def replay_with_logits(model: nn.Module, batch: ReplayBatch) -> Tensor:
+    """Replay and logits only: the base of all ratios."""
+    logits, targets = answer_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
+    return combine(label_loss(logits, targets), logits_kl(logits, _logits(batch)), None, 0.5, 0.0).total
+
+
+def with_attention(model: nn.Module, batch: ReplayBatch) -> Tensor:
+    """The same with attention distillation; the caller runs backward inside the tap."""
+
+    def observe(layer: int, call: Any) -> Tensor:
+        return call.row_kl(batch.layers[layer].rows, batch.layers[layer].weights)
+
+    with AttentionTap(model, batch.heads, batch.queries, observe=observe, keep_graph=True) as tap:
+        logits, targets = answer_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
+        attention = torch.stack(list(tap.values.values())).sum()
+        terms = combine(label_loss(logits, targets), logits_kl(logits, _logits(batch)), attention, 0.5, 10.0)
+        terms.total.backward()
+    return terms.total.detach()
+
+
+def with_eager_attention(model: nn.Module, batch: ReplayBatch) -> Tensor:
+    """The usual way: eager attention, output_attentions=True, KL on the gathered rows."""
+    outputs = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, output_attentions=True
+    )
+    sample, position = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
+    logits, targets = outputs.logits[sample, position], batch.labels[:, 1:][sample, position]
+    attention = logits.new_zeros(())
+    for layer, teacher in batch.layers.items():
+        rows = outputs.attentions[layer][:, list(batch.heads[layer])]
+        places = batch.queries[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+        attention = attention + kl_of_rows(rows.gather(2, places), teacher.rows, teacher.weights)
+    return combine(label_loss(logits, targets), logits_kl(logits, _logits(batch)), attention, 0.5, 10.0).total
+
+
+def measure(length: int, repeats: int, device: str) -> Row:
+    """Time and peak memory of each variant's forward and backward at one length, batch 1."""
+    sdpa, eager = build_model(length, "sdpa", device), build_model(length, "eager", device)
+    sample, heads = make_sample(length), selected_heads()
+    batch, stored, dense = _taught_batch(sdpa, sample, heads)
+    batch = batch.to(torch.device(device))
+    variants: dict[str, Callable[[], object]] = {
+        "replay + logits": lambda: replay_with_logits(sdpa, batch).backward(),
+        "with attention": lambda: with_attention(sdpa, batch),
+        "eager attention": lambda: with_eager_attention(eager, batch).backward(),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    peaks: dict[str, int] = {}
+    for name, step in variants.items():
+        step()
+        with PeakMemory(device) as memory:
+            step()
+        peaks[name] = memory.peak
+    for _ in range(repeats):
+        for name, step in variants.items():
+            _synchronise(device)
+            started = time.perf_counter()
+            step()
+            _synchronise(device)
+            seconds[name].append(time.perf_counter() - started)
+    return Row(length, {name: statistics.median(times) for name, times in seconds.items()}, peaks, stored, dense)
+
+
+def _taught_batch(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> tuple[ReplayBatch, int, int]:
+    """The replay batch as read back from disk, its bytes there, and the bytes of dense float32 rows and logits."""
+    signals, _, _ = teach(model, [sample], heads, row_top_k=64, logit_top_k=64)
+    with TemporaryDirectory() as directory:
+        memory = TaskMemory.write(Path(directory), "benchmark", [sample], signals, heads)
+        batch = collate([memory.sample(0)], [heads], [memory.signals(0)])
+        stored = memory.bytes
+    dense = 4 * (heads.n_heads * len(sample.queries) * len(sample.input_ids) + ANSWER_TOKENS * 4096)
+    return batch, stored, dense
+
+
+def _logits(batch: ReplayBatch) -> Any:
+    assert batch.logits is not None
+    return batch.logits
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def table(rows: list[Row], machine: str) -> Table:
+    """Ratios to "replay + logits", which are the goals' unit."""
+    result = Table(title=f"One replay step (forward and backward, batch 1), {machine}", title_justify="left")
+    headings = (
+        "T",
+        "replay + logits",
+        "time with attention",
+        "eager",
+        "peak with attention",
+        "eager",
+        "stored",
+        "dense",
+    )
+    for heading in headings:
+        result.add_column(heading, justify="right")
+    for row in rows:
+        base_time, base_peak = row.seconds["replay + logits"], row.peak_bytes["replay + logits"]
+        result.add_row(
+            str(row.length),
+            f"{1000 * base_time:.0f} ms, {base_peak / 2**20:.0f} MiB",
+            *(f"x {row.seconds[name] / base_time:.2f}" for name in ("with attention", "eager attention")),
+            *(f"x {row.peak_bytes[name] / base_peak:.2f}" for name in ("with attention", "eager attention")),
+            f"{row.sample_bytes / 1000:.0f} kB",
+            f"{row.sample_bytes_dense / 1000:.0f} kB",
+        )
+    return result
+
+
+def main() -> None:
+    """Run and print; ``--out`` also writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rows = [measure(length, options.repeats, options.device) for length in options.lengths]
+    Console(width=130).print(table(rows, machine))
+    Console(width=130).print(
+        "12.5 % of the heads in 75 % of the layers, 100 queries; stored: rows and logits with 64 entries each, float16."
+    )
+    if options.out:
+        document = {"machine": machine, "torch": torch.__version__, "rows": [vars(row) for row in rows]}
+        options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
