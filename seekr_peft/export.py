@@ -29,7 +29,10 @@ def export_adapter(run_directory: str | Path, out: str | Path) -> Path:
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target} is not empty; choose another folder with --out.")
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{target} cannot be made ({error.strerror}); choose another folder with --out.") from error
     for name in FILES:
         shutil.copyfile(source / name, target / name)
     _check_config(target / FILES[0])

@@ -5,6 +5,7 @@ Everything here is arithmetic on tensors of shape ``(n_layers, n_heads)``; no mo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -158,11 +159,16 @@ class ImportanceRecord:
         *,
         accumulate: Accumulate = "product_of_sums",
         seed: int = 0,
+        layers: Sequence[int] | None = None,
     ) -> HeadSelection:
-        """Select heads by ``choice`` under the two budgets; "random" ranks by a seeded draw, "all" ignores both."""
+        """Select heads by ``choice`` under the two budgets; "random" ranks by a seeded draw, "all" ignores both.
+
+        ``layers`` are those that have attention heads (hybrid models have others between); None means every layer.
+        """
         n_layers, n_heads = self.forgettability[-1].shape
+        present = list(range(n_layers)) if layers is None else sorted(layers)
         if choice == "all":
-            return HeadSelection.all(n_layers, n_heads)
+            return HeadSelection({layer: range(n_heads) for layer in present})
         if choice == "random":
             generator = torch.Generator().manual_seed(seed)
             scores = torch.rand(n_layers, n_heads, generator=generator, dtype=torch.float64)
@@ -172,7 +178,8 @@ class ImportanceRecord:
             scores = self.total_forgettability()
         else:
             scores = self.importance(accumulate)
-        return HeadSelection.top(scores, layer_budget, head_budget)
+        chosen = HeadSelection.top(scores[present], layer_budget, head_budget)
+        return HeadSelection({present[place]: heads for place, heads in chosen.items()})
 
 
 def _largest(scores: Tensor, count: int) -> list[int]:
@@ -193,6 +200,10 @@ def _checked_importance(importance: Tensor) -> Tensor:
 
 
 def _index(value: int, what: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 0:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
         raise ConfigError(f"a {what} index must be a whole number of at least 0, got {value!r}.")
-    return int(value)
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from .errors import ConfigError
 from .recipe import DEMO, ModelSection, Recipe
 from .tasks import prepare_tokenizer
+
+
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+"""The training argument that switches checkpointing on, under its new and its old name."""
 
 
 def load_model(recipe: Recipe) -> tuple[PeftModel, Any]:
@@ -35,10 +40,14 @@ def load_model(recipe: Recipe) -> tuple[PeftModel, Any]:
         # PEFT's own default is reentrant checkpointing, under which a captured attention has no gradient.
         base = prepare_model_for_kbit_training(
             base,
-            use_gradient_checkpointing=bool(recipe.training.get("gradient_checkpointing", False)),
+            use_gradient_checkpointing=any(recipe.training.get(name) for name in CHECKPOINTING),
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **recipe.adapter.lora())), tokenizer
+    try:
+        return get_peft_model(base, LoraConfig(**recipe.adapter.lora())), tokenizer
+    except ValueError as error:
+        # Such as target_modules that the model does not have.
+        raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
 
 
 def resolve_name(model: ModelSection) -> str:
@@ -47,7 +56,7 @@ def resolve_name(model: ModelSection) -> str:
         from .demo import BASE_PATH
 
         return str(BASE_PATH)
-    return model.name_or_path
+    return str(Path(model.name_or_path).expanduser()) if model.name_or_path.startswith("~") else model.name_or_path
 
 
 def compute_dtype(model: ModelSection) -> torch.dtype:

@@ -81,6 +81,9 @@ class StepReporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.n_steps = state.global_step
+        if state.global_step >= state.max_steps:
+            # The last steps are logged too when the task's length is no multiple of logging_steps.
+            control.should_log = True
         if self._bar is not None:
             self._progress.update(self._bar, state.global_step)
 

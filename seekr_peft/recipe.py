@@ -24,6 +24,10 @@ _SET_BY_THE_RUN = {
     "seed": "seed",
     "data_seed": "seed",
     "resume_from_checkpoint": "--resume",
+    "use_cpu": "the environment variable CUDA_VISIBLE_DEVICES",
+    "eval_strategy": "the evaluation section",
+    "eval_on_start": "the evaluation section",
+    "load_best_model_at_end": "the evaluation section",
 }
 _POSITIVE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -55,7 +59,8 @@ class AdapterSection(_Section):
 
     def lora(self) -> dict[str, Any]:
         """The keyword arguments of ``LoraConfig``."""
-        return {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **(self.model_extra or {})}
+        settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        return {**settings, **(self.model_extra or {})}
 
 
 class TasksSection(_Section):
@@ -125,9 +130,9 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     problems: list[str] = []
     for override in overrides:
         _override(mapping, override, problems)
-    mapping = _expanded(mapping)
+    mapping = _expanded(mapping, problems)
     recipe = _validated(mapping, problems)
-    for check in (_method_problems, _training_problems, _adapter_problems, _model_problems, _task_problems):
+    for check in _CHECKS:
         problems += _without_crash(check, mapping)
     if problems or recipe is None:
         raise ConfigError(problems)
@@ -223,7 +228,15 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
     if not isinstance(training, dict):
         return []
     from transformers import TrainingArguments
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames
 
+    choices: dict[str, Any] = {
+        "lr_scheduler_type": SchedulerType,
+        "optim": OptimizerNames,
+        "logging_strategy": IntervalStrategy,
+        "save_strategy": SaveStrategy,
+    }
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     problems = []
     for key, value in training.items():
@@ -235,6 +248,10 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
             problems.append(f"training.{key} must be a number above 0, got {value!r}.")
         elif type(fields[key].default) in (int, float) and not _is_number(value):
             problems.append(f"training.{key} must be a number, got {value!r}.")
+        elif type(fields[key].default) is bool and not isinstance(value, bool):
+            problems.append(f"training.{key} must be true or false, got {value!r}.")
+        elif key in choices and value not in (names := [str(choice.value) for choice in choices[key]]):
+            problems.append(f"training.{key} must be one of {', '.join(names)}, got {value!r}.")
     return problems
 
 
@@ -265,10 +282,12 @@ def _model_problems(mapping: dict[str, Any]) -> list[str]:
 
 
 def _task_problems(mapping: dict[str, Any]) -> list[str]:
-    from .tasks import find_task_problems
+    from .tasks import FORMATS, find_task_problems
 
     tasks = mapping["tasks"]
     order, epochs = tasks.get("order"), tasks.get("epochs")
+    if order is not None and not isinstance(order, list):
+        return []
     problems = []
     if tasks["format"] == DEMO:
         from .demo.words import TASK_NAMES
@@ -278,15 +297,30 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
         twice = {name for name in order or [] if order.count(name) > 1}
         problems += [f"tasks.order names {name!r} more than once." for name in sorted(twice)]
         order = order or list(TASK_NAMES)
-    elif not tasks.get("path"):
+    elif tasks["format"] in FORMATS and not tasks.get("path"):
         problems.append(f"tasks.path is missing; format {tasks['format']!r} needs the folder of the tasks.")
     else:
-        problems += [f"tasks: {problem}" for problem in find_task_problems(tasks["format"], tasks["path"], order)]
+        path = str(tasks.get("path") or "")
+        problems += [f"tasks: {problem}" for problem in find_task_problems(tasks["format"], path, order)]
     if epochs is not None and order is not None and len(epochs) != len(order):
         problems.append(f"tasks.epochs has {len(epochs)} numbers for {len(order)} tasks; give one for each.")
-    if mapping.get("evaluation", {}).get("general"):
-        problems.append("evaluation.general: general-ability tests are not part of this version; leave it empty.")
     return problems
+
+
+def _evaluation_problems(mapping: dict[str, Any]) -> list[str]:
+    if mapping.get("evaluation", {}).get("general"):
+        return ["evaluation.general: general-ability tests are not part of this version; leave it empty."]
+    return []
+
+
+_CHECKS = (
+    _method_problems,
+    _training_problems,
+    _adapter_problems,
+    _model_problems,
+    _task_problems,
+    _evaluation_problems,
+)
 
 
 def _without_crash(check: Callable[[dict[str, Any]], list[str]], mapping: dict[str, Any]) -> list[str]:
@@ -301,17 +335,33 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _PLAIN_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def _expanded(value: Any) -> Any:
+def _expanded(value: Any, problems: list[str], where: str = "") -> Any:
     """Fill in ``${NAME:-default}`` from the environment, and read 1e-4 as a number (YAML 1.1 calls it text)."""
     if isinstance(value, dict):
-        return {key: _expanded(item) for key, item in value.items()}
+        return {key: _expanded(item, problems, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expanded(item) for item in value]
+        return [_expanded(item, problems, where) for item in value]
     if not isinstance(value, str):
         return value
-    if _PLAIN_FLOAT.fullmatch(value):
-        return float(value)
-    return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[2] or ""), value)
+    for match in _VARIABLE.finditer(value):
+        if match[2] is None and match[1] not in os.environ:
+            problems.append(
+                f"{where}: the environment variable {match[1]} is not set; set it, or write ${{{match[1]}:-default}}."
+            )
+    filled = _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[2] or "", value)
+    if filled != value:
+        # "${STEPS:-100}" means the number, as it would without the variable.
+        filled = _scalar(filled)
+    return float(filled) if isinstance(filled, str) and _PLAIN_FLOAT.fullmatch(filled) else filled
+
+
+def _scalar(text: str) -> Any:
+    """``text`` as YAML reads it where that is a number or a truth value, else itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (bool, int, float)) else text
 
 
 def _copied(value: Any) -> Any:

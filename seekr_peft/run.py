@@ -7,6 +7,7 @@ the task in progress.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from transformers import TrainingArguments, set_seed
 
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task
 from .methods import METHODS, ContinualMethod
 from .methods.base import STATE_FILE as METHOD_STATE_FILE
@@ -39,7 +40,16 @@ from .report import write_report
 from .tasks import Task, read_tasks
 from .trainer import ContinualTrainer
 
-RECIPE_FILE, STATE_FILE, METRICS_FILE = "recipe.yaml", "state.json", "metrics.jsonl"
+RECIPE_FILE, STATE_FILE, METRICS_FILE, ENVIRONMENT_FILE = (
+    "recipe.yaml",
+    "state.json",
+    "metrics.jsonl",
+    "environment.json",
+)
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -74,7 +84,10 @@ def run_recipe(
     recipe = load_recipe(source, overrides)
     directory = Path(recipe.output_dir)
     _check_directory(directory, recipe, resume)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"output_dir {directory} cannot be made ({error.strerror}); choose another folder.") from error
     with _locked(directory), RunProgress(console or Console(stderr=True)) as progress, _logging_to(progress.console):
         _check_directory(directory, recipe, resume)
         if not resume:
@@ -90,12 +103,18 @@ class _Run:
         self.directory = directory
         self.progress = progress
         self.started = time.monotonic()
-        self.environment = _environment()
-        write_json(directory / "environment.json", self.environment)
+        self.seconds_before: float | None = _read_json(directory / ENVIRONMENT_FILE).get("seconds")
 
     def execute(self) -> RunResult:
+        if self._is_finished():
+            self.progress.say(f"all tasks of {self.directory} are finished")
+            return self._reported(AccuracyMatrix.load(self.directory))
+        self._write_environment(self.seconds_before)
         tasks = load_tasks(self.recipe)
         names = [task.name for task in tasks]
+        epochs = self.recipe.tasks.epochs
+        if epochs is not None and len(epochs) != len(tasks):
+            raise ConfigError(f"tasks.epochs has {len(epochs)} numbers for {len(tasks)} tasks; give one for each.")
         set_seed(self.recipe.seed)
         model, tokenizer = load_model(self.recipe)
         method = METHODS[self.recipe.method_name](
@@ -119,15 +138,25 @@ class _Run:
                 self._train(method, tokenized, index, f"{index + 1}/{len(tasks)} {task.name}")
             if index >= finished:
                 self._evaluate(model, tokenizer, tasks[: index + 1], matrix)
+                if index + 1 == len(tasks):
+                    # Before the state says "finished", which promises the adapter.
+                    method.stack.export(self.directory / "adapter")
                 self._write_state(names, index + 1)
-        method.stack.export(self.directory / "adapter")
-        write_json(
-            self.directory / "environment.json",
-            {**self.environment, "seconds": round(time.monotonic() - self.started, 1)},
-        )
+                self._write_environment((self.seconds_before or 0) + time.monotonic() - self.started)
+        return self._reported(matrix)
+
+    def _is_finished(self) -> bool:
+        return _read_json(self.directory / STATE_FILE).get("status") == "finished"
+
+    def _reported(self, matrix: AccuracyMatrix) -> RunResult:
         report = write_report(self.directory)
         self._summary(matrix, report)
         return RunResult(self.directory, matrix, report)
+
+    def _write_environment(self, seconds: float | None) -> None:
+        """Versions and machine; ``seconds`` are those of all sessions up to the last finished task."""
+        rounded = None if seconds is None else round(seconds, 1)
+        write_json(self.directory / ENVIRONMENT_FILE, {**_environment(), "seconds": rounded})
 
     def _train(self, method: ContinualMethod, task: Task, index: int, label: str) -> None:
         # Each task has its own seed, so a resumed run draws the same numbers as one that was never stopped.
@@ -150,7 +179,7 @@ class _Run:
 
     def _training_arguments(self, index: int) -> TrainingArguments:
         epochs = self.recipe.tasks.epochs
-        settings = {
+        settings: dict[str, Any] = {
             "save_strategy": "no",
             "logging_steps": 10,
             "report_to": [],
@@ -159,6 +188,12 @@ class _Run:
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
             **self.recipe.training,
         }
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        for old, new in _RENAMED.items():
+            # transformers warns about the old name where it has the new one.
+            if new in known and old in settings:
+                value = settings.pop(old)
+                settings.setdefault(new, value)
         if epochs is not None:
             settings["num_train_epochs"] = epochs[index]
         return TrainingArguments(
@@ -285,13 +320,16 @@ def _difference(old: Any, new: Any, where: str = "") -> str:
 def _locked(directory: Path) -> Any:
     lock = FileLock(directory / ".lock", timeout=0)
     try:
-        # The operating system releases it when the process dies.
-        with lock:
-            yield
+        lock.acquire()
     except Timeout:
         raise RunError(
             f"{directory} is in use by another process; wait for it, or choose another output_dir."
         ) from None
+    try:
+        # The operating system releases it when the process dies.
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -309,11 +347,18 @@ def _logging_to(console: Console) -> Any:
 
 
 def _finished_tasks(directory: Path) -> int:
-    path = directory / STATE_FILE
+    return int(_read_json(directory / STATE_FILE).get("finished_tasks", 0))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of the run directory; empty when there is no such file."""
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["finished_tasks"]) if path.is_file() else 0
-    except (ValueError, KeyError, TypeError) as error:
+        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
         raise RunError(f"{path} is broken ({error}); start the run again in another output_dir.") from error
+    if not isinstance(document, dict):
+        raise RunError(f"{path} is broken (no JSON object); start the run again in another output_dir.")
+    return document
 
 
 def _trained_tasks(directory: Path) -> int:
@@ -368,4 +413,4 @@ def _environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": accelerator,
     }
-    return {"versions": versions, "machine": machine, "command": " ".join(sys.argv), "seconds": None}
+    return {"versions": versions, "machine": machine, "command": " ".join(sys.argv)}

@@ -6,6 +6,7 @@ Thin on purpose: the mixin decides only *when* the method's replay loss joins, s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ class ContinualTrainerMixin:
 
         micro-batch 1 .. g     the Trainer's own forward and backward
         after the last one     if method.replay_due(step): replay forward and backward, gradients added
-        optimizer.step()       clips and applies both          (config.replay_step == "added")
-        on_step_end            or the replay loss in a step of its own       ("separate")
+        optimizer.step()       clips and applies both                        (config.replay_step == "added")
+        then                   or the replay loss in a step of its own       ("separate")
+        lr_scheduler.step()
 
     The replay loss is added exactly once per optimiser step, so it needs no division by the accumulation steps,
     whatever the Trainer does with ``num_items_in_batch``. Its forward and backward run inside the method's block,
@@ -75,7 +77,8 @@ class ContinualTrainerMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def replay_step(self, model: nn.Module) -> None:
-        """One optimiser step on a replay batch alone; gradients are zero before and after."""
+        """One optimiser step on a replay batch alone, at the new task's learning rate; leaves no gradient behind."""
+        model.zero_grad()
         self._replay_backward(model)
         if self.args.max_grad_norm:  # type: ignore[attr-defined]
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)  # type: ignore[attr-defined]
@@ -85,7 +88,9 @@ class ContinualTrainerMixin:
     def _replay_backward(self, model: nn.Module) -> None:
         model.train()
         accelerator = self.accelerator  # type: ignore[attr-defined]
-        with self.compute_loss_context_manager(), self.method.replay_terms(model) as terms:  # type: ignore[attr-defined]
+        with ExitStack() as open_until_backward:
+            with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                terms = open_until_backward.enter_context(self.method.replay_terms(model))
             # accelerate divides by its own accumulation steps; this loss is added once per optimiser step.
             accelerator.backward(terms.total * accelerator.gradient_accumulation_steps)
         for name, value in terms.values().items():
@@ -104,9 +109,10 @@ class _ReplayCallback(TrainerCallback):
         method.stack.check_optimizer(_plain(self._trainer.optimizer))
         method.start_training(state.max_steps, float(args.num_train_epochs))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Before the scheduler moves on: after the last step a decayed learning rate is zero.
         trainer = self._trainer
-        if trainer._separate and trainer.method.replay_due(state.global_step - 1):
+        if trainer._separate and trainer.method.replay_due(state.global_step):
             trainer.replay_step(trainer.model_wrapped)
 
 
@@ -117,21 +123,28 @@ class ContinualTrainer(ContinualTrainerMixin, Trainer):
     """
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        dataset = kwargs.get("train_dataset")
-        if dataset is not None and len(dataset) and not isinstance(dataset[0], Mapping):
-            raise ConfigError(
-                f"train_dataset holds {type(dataset[0]).__name__} items; it needs mappings with input_ids and labels."
-            )
-        if dataset is not None and len(dataset) and "input_ids" not in dataset[0]:
-            raise ConfigError(
-                f"train_dataset has no 'input_ids' (it has {', '.join(sorted(dataset[0]))}); tokenise the task first: "
-                f"task.tokenized(tokenizer)."
-            )
+        _check_tokenised(kwargs.get("train_dataset"))
         if kwargs.get("data_collator") is None:
             config = base_transformer(model).config.get_text_config()
             pad = getattr(config, "pad_token_id", None)
             kwargs["data_collator"] = AnswerCollator(pad_token_id=0 if pad is None else pad)
         super().__init__(model=model, args=args, **kwargs)
+
+
+def _check_tokenised(dataset: Any) -> None:
+    # A stream has no first item to look at.
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) == 0:
+        return
+    first = dataset[0]
+    if not isinstance(first, Mapping):
+        raise ConfigError(
+            f"train_dataset holds {type(first).__name__} items; it needs mappings with input_ids and labels."
+        )
+    if "input_ids" not in first:
+        raise ConfigError(
+            f"train_dataset has no 'input_ids' (it has {', '.join(sorted(first))}); tokenise the task first: "
+            f"task.tokenized(tokenizer)."
+        )
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -29,11 +29,11 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from seekr_peft.attention import AttentionTap, support
-from seekr_peft.attention.call import InterfaceCall, QuerySelection
+from seekr_peft.attention.call import EagerCall, InterfaceCall, QuerySelection
 from seekr_peft.attention.rows import TeacherRows
 from seekr_peft.errors import CaptureError
 from seekr_peft.heads import HeadSelection
@@ -127,8 +127,12 @@ def dense_mask(block_mask: BlockMask, batch: int, heads: int, length: int) -> Te
 
 
 @pytest.fixture
-def doors() -> Iterator[None]:
+def doors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Register the stand-ins with the masks of the kernels that they stand for, and forget them afterwards."""
+    # transformers compiles its block masks, which takes a minute and changes nothing.
+    monkeypatch.setattr(
+        masking_utils, "create_block_mask", lambda _compile=None, **arguments: create_block_mask(**arguments)
+    )
     kept = [(table, dict(table._global_mapping)) for table in (AttentionInterface, AttentionMaskInterface)]
     AttentionInterface.register("stub_flash", stub_flash)
     AttentionMaskInterface.register("stub_flash", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
@@ -215,8 +219,6 @@ def test_a_soft_cap_inside_the_kernel_is_refused(doors: None) -> None:
 # --- flex ---
 
 
-# transformers 5.23 still passes torch's old flag to create_block_mask.
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mistral])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_flex_rows_equal_eager_attention(doors: None, build: Callable[..., nn.Module], padding: str) -> None:
@@ -297,6 +299,32 @@ def test_a_position_bias_is_added_to_the_logits_beside_the_mask() -> None:
         logits = (call.query @ call.key.transpose(-1, -2) * 0.5 + bias).masked_fill(~mask, float("-inf"))
         expected = torch.softmax(logits, dim=-1)[:, [1, 3]]
         torch.testing.assert_close(call.rows(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_queries_of_a_kernel_that_is_causal_itself_stand_behind_the_cached_keys() -> None:
+    call = interface_call(None)
+    late = QuerySelection(torch.arange(2).repeat(2, 1), torch.ones(2, 2, dtype=torch.bool), every=True)
+    cached = interface_call(None, query=call.query[:, :, 3:], key=call.key, value=call.value, queries=late)
+    torch.testing.assert_close(cached.rows(), call.rows()[:, :, 3:], rtol=1e-6, atol=1e-7)
+    assert (call.rows()[:, :, 3, 4] == 0).all() and (call.rows()[:, :, 4] > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["interface", "eager"])
+def test_the_gradient_of_a_padded_query_does_not_count(kind: str) -> None:
+    positions = torch.tensor([[4, 1, 3], [0, 2, 4]])
+    real = torch.tensor([[True, False, True], [True, True, False]])
+    queries, heads = QuerySelection(positions, real, every=False), torch.tensor([1, 3])
+    call: Any = interface_call(None, queries=queries)
+    attention_gradient = gradient = torch.randn(2, 4, 5, 5)
+    if kind == "interface":
+        gradient = torch.randn(2, 5, 4, 6)  # of the output, (batch, T, heads, d)
+        attention_gradient = gradient.transpose(1, 2) @ call.value.transpose(-1, -2)
+    else:
+        call = EagerCall(torch.ones(5, 5).tril().expand(2, 4, 5, 5), heads, queries)
+    squares = call.gradient_squares(gradient, every_query=False)
+    for sample, (i, j) in enumerate([(4, 3), (0, 2)]):
+        rows = [attention_gradient[sample, heads, query, : query + 1].square().sum(dim=-1) for query in (i, j)]
+        torch.testing.assert_close(squares[sample], rows[0] + rows[1], rtol=1e-5, atol=0)
 
 
 # --- why there is a tap ---

@@ -21,6 +21,7 @@ from tiny_models import (
     tiny_gemma2,
     tiny_gpt2,
     tiny_llama,
+    tiny_mamba,
     tiny_mistral,
     tiny_qwen3,
     with_lora,
@@ -154,7 +155,7 @@ def test_one_list_of_queries_serves_every_sample() -> None:
 
 
 def test_a_positional_attention_mask_is_seen() -> None:
-    batch = padded_batch("left")
+    batch = padded_batch("right")  # where padding can look at real keys, unlike on the left
     model = tiny_llama()
     with torch.no_grad(), AttentionTap(model, SOME_HEADS) as tap:
         model(batch["input_ids"], batch["attention_mask"])
@@ -516,9 +517,18 @@ def test_layers_without_selected_heads_keep_the_stock_function() -> None:
     assert names == {0: "seekr_tap_sdpa", 1: "sdpa", 2: "seekr_tap_sdpa"}
 
 
-def test_a_tap_without_heads_does_nothing() -> None:
-    model = tiny_llama()
-    assert tapped_rows(model, padded_batch("none"), HeadSelection({})) == {}
+def test_a_tap_without_heads_does_nothing_on_any_model() -> None:
+    for model in (tiny_llama(), tiny_mamba()):
+        assert tapped_rows(model, padded_batch("none"), HeadSelection({})) == {}
+    with AttentionTap(checkpointed(tiny_llama(), True), HeadSelection({})) as tap:
+        tap.model(**padded_batch("none"), use_cache=False).logits.sum().backward()
+
+
+def test_a_tap_that_wants_no_gradient_gives_a_frozen_model_none() -> None:
+    model = tiny_llama().requires_grad_(False)
+    with AttentionTap(model, SOME_HEADS) as tap:
+        assert not model(**padded_batch("none")).logits.requires_grad
+    assert not tap.rows[0].requires_grad
 
 
 # --- gradients and checkpointing ---
@@ -573,6 +583,18 @@ def test_a_recomputation_is_not_captured_again() -> None:
         rows_loss(tap.rows).backward()
     assert sorted(calls) == [0, 0, 2, 2]  # recomputed once
     assert all(tap.values[layer] is first[layer] for layer in first)
+
+
+def test_a_recomputation_after_a_failed_forward_is_not_taken_for_its_capture() -> None:
+    model = checkpointed(tiny_llama(), False)
+    with AttentionTap(model, SOME_HEADS, QUERIES, keep_graph=True) as tap:
+        model(**padded_batch("none"), use_cache=False)
+        loss = rows_loss(tap.rows)
+        with pytest.raises(IndexError):
+            model(input_ids=torch.full((5, 19), VOCABULARY), use_cache=False)
+        loss.backward()
+        assert tap.rows == {}
+    assert lora_gradient(model).norm() > 0
 
 
 def test_backward_outside_the_block_fails_under_checkpointing() -> None:

@@ -30,10 +30,10 @@ def demo_recipe() -> dict[str, Any]:
         "method": {"name": "seekr"},
         "training": {
             "learning_rate": 2.0e-3,
-            "per_device_train_batch_size": 16,
+            "per_device_train_batch_size": 8,
             "num_train_epochs": 4,
         },
-        "tasks": {"format": "demo", "max_train": 600, "max_test": 100},
+        "tasks": {"format": "demo", "max_train": 200, "max_test": 100},
         "evaluation": {"max_new_tokens": 4, "batch_size": 100},
         "seed": 0,
         "output_dir": "runs/demo/seekr",
@@ -68,7 +68,7 @@ def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> P
     console.rule(align="left")
     console.print(_table(results))
     seconds = time.monotonic() - started
-    console.print(f"measured in {seconds:.0f} s on this machine; the page: {page}", highlight=False, soft_wrap=True)
+    console.print(f"measured in {seconds:.0f} s on this machine; the page: {page}", markup=False, soft_wrap=True)
     return page
 
 

@@ -37,6 +37,7 @@ from .samples import ReplaySample
 FORMAT = 1
 WEIGHTS_FILE = "memory.safetensors"
 HEADER_FILE = "memory.json"
+_PARTS = ("indices", "probabilities", "remaining")
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -77,7 +78,7 @@ def estimate_bytes(
     Args:
         n_heads: Selected heads over all layers; 0 without attention rows.
         logit_top_k: 0 without logits.
-        n_layers: Layers that hold selected heads; each has 3 tensors with a header entry of about 100 bytes.
+        n_layers: Layers that hold selected heads; each has 3 tensors with a header entry of about 75 bytes.
     """
     longest = max(len(sample.input_ids) for sample in samples)
     tokens = sum(len(sample.input_ids) for sample in samples)
@@ -89,7 +90,7 @@ def estimate_bytes(
     rows = queries * n_heads * (k_row * (index + probability) + probability)
     logits = answers * (k_logit * (4 + probability) + probability) if logit_top_k else 0
     offsets = 3 * 8 * (len(samples) + 1)
-    header = 8 + 100 * (9 + 3 * n_layers)
+    header = 8 + 75 * (6 + (3 if logit_top_k else 0) + 3 * n_layers)
     return tokens * 8 + queries * 4 + offsets + rows + logits + header
 
 
@@ -115,6 +116,7 @@ class TaskMemory:
                 f"{path} cannot be read ({error}); the memory of task {self.name!r} is incomplete, so "
                 f"run that task again."
             ) from error
+        self._check_contents(path)
 
     def __len__(self) -> int:
         return self.n_samples
@@ -189,6 +191,21 @@ class TaskMemory:
         }
         (directory / HEADER_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         return cls(directory)
+
+    def _check_contents(self, path: Path) -> None:
+        wanted = {"input_ids", "labels", "queries", "token_offsets", "query_offsets", "answer_offsets"}
+        wanted |= {f"rows.{layer}.{part}" for layer in self.selection for part in _PARTS}
+        missing = sorted(wanted - self._names)
+        if missing:
+            raise MemoryFormatError(
+                f"{path} has no tensor {missing[0]!r}; it is no replay memory, run that task again."
+            )
+        found = len(self._offsets["token_offsets"]) - 1
+        if found != self.n_samples:
+            raise MemoryFormatError(
+                f"{path} holds {found} samples but {HEADER_FILE} says {self.n_samples}; the two files do not belong "
+                f"together, run that task again."
+            )
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -275,4 +292,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise MemoryFormatError(
             f"{path} has format {found!r}, this version reads format {FORMAT}; run that task again."
         )
+    missing = [key for key in ("task", "n_samples", "teacher") if key not in header]
+    if missing:
+        raise MemoryFormatError(f"{path} has no {missing[0]!r}; it is no replay memory's header, run that task again.")
     return header

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,9 @@ class ContinualMethod:
         self.model = model
         self.config = config or SeekrConfig()
         self.stack = AdapterStack(model, adapter_mode, rank_limit)
-        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="seekr-peft-")
-        self.directory = Path(directory or self._temporary.name)  # type: ignore[union-attr]
+        self.directory = Path(directory or tempfile.mkdtemp(prefix="seekr-peft-"))
+        if directory is None:
+            weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
         self.task_names: list[str] = []
         self.current_task: str | None = None
         self._step = 0

@@ -13,7 +13,7 @@ from ..attention.support import base_transformer
 from ..config import SeekrConfig
 from ..forward import answer_logits, model_device
 from ..losses import ReplayTerms, combine, label_loss
-from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples
+from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples, estimate_bytes
 from ..memory.samples import SELECTORS, SampleSelector
 from .base import ContinualMethod
 from .rhythm import Rhythm, plan_rhythm
@@ -75,13 +75,18 @@ class Replay(ContinualMethod):
 
     def after_training(self, directory: Path) -> None:
         """Write the samples."""
-        TaskMemory.write(directory, str(self.current_task), self._samples)
+        header = {"estimated_bytes": self.estimated_bytes()}
+        TaskMemory.write(directory, str(self.current_task), self._samples, header=header)
 
     def after_saving(self, directory: Path) -> None:
         self.memory.add(TaskMemory(directory))
 
     def after_restore(self, directories: list[Path]) -> None:
         self.memory = ReplayMemory.open(directories)
+
+    def estimated_bytes(self) -> int:
+        """Bytes that the current task's memory will take, before anything is computed."""
+        return estimate_bytes(self._samples, n_heads=0, row_top_k=1, logit_top_k=0, vocabulary=1)
 
     def _label_terms(self, logits: Tensor, targets: Tensor) -> ReplayTerms:
         return combine(label_loss(logits, targets), None, None, 1.0, 0.0)

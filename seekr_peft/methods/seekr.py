@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionTap, head_shape
 from ..attention.call import AttentionCall
-from ..attention.support import base_transformer
+from ..attention.support import attention_modules, base_transformer
 from ..config import budget_count
 from ..errors import MemoryFormatError
 from ..forward import answer_logits, model_device
@@ -45,6 +45,7 @@ class Seekr(Replay):
         self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
         # Refuse a model without attention now, not after the first task.
         self._shape = head_shape(model)
+        self._layers = sorted(attention_modules(model))
 
     def after_training(self, directory: Path) -> None:
         """Score the heads, select, and store samples, rows and logits."""
@@ -114,7 +115,7 @@ class Seekr(Replay):
     def estimated_bytes(self) -> int:
         """Bytes that the current task's memory will take, before anything is computed."""
         config = self.config
-        n_layers, n_heads = self._shape
+        n_layers, n_heads = len(self._layers), self._shape[1]
         layers = budget_count(config.layer_budget, n_layers)
         heads = layers * n_heads
         if config.head_choice == "all":
@@ -160,6 +161,7 @@ class Seekr(Replay):
             config.head_budget,
             accumulate=config.accumulate,
             seed=config.seed + len(self.task_names),
+            layers=self._layers,
         )
         # Taken over only once the task is on disk: a failure before that leaves the earlier tasks' record as it was.
         self._pending = (record, selection)

@@ -1,0 +1,137 @@
+"""The shape of the package: imports point down, importing it costs nothing, and nothing that runs code is ever read."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import seekr_peft
+
+SOURCE = Path(seekr_peft.__file__).parent
+
+# A module imports only from levels above its own line. Two names on one line do not know each other.
+LEVELS = [
+    {"errors"},
+    {"config", "progress"},
+    {"heads"},
+    {"attention", "tasks"},
+    {"losses", "evaluation"},
+    {"forward"},
+    {"memory"},
+    {"adapters"},
+    {"scoring"},
+    {"methods"},
+    {"trainer"},
+    {"sft_trainer", "demo.words"},
+    {"recipe", "report", "export"},
+    {"modeling"},
+    {"run"},
+    {"demo"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def unit(module: str) -> str:
+    """The entry of the table that a dotted module name (below ``seekr_peft``) belongs to."""
+    while module not in LEVEL and "." in module:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def package_imports(path: Path) -> Iterator[str]:
+    """Dotted names below ``seekr_peft`` that a file imports, also inside functions."""
+    package = ["seekr_peft", *path.relative_to(SOURCE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = [*base, *([node.module] if node.module else [])]
+            # `from . import rows` names a module, `from .rows import x` a name in it.
+            names = [".".join([*origin, alias.name]) for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix("seekr_peft.") for name in names if name.startswith("seekr_peft."))
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent != SOURCE or p.name != "__init__.py"], ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    own = unit(module_name(path))
+    assert own in LEVEL, f"{path.relative_to(SOURCE)} has no level; add it to the table"
+    for name in package_imports(path):
+        target = unit(name)
+        if target == own or name == "__version__" or target == "demo" and name in ("demo.BASE_PATH", "demo.words"):
+            continue
+        assert target in LEVEL, f"{module_name(path)} imports {name}, which has no level"
+        assert LEVEL[target] < LEVEL[own], f"{module_name(path)} must not import {name}"
+
+
+def test_the_import_rule_sees_imports_at_all() -> None:
+    names = {name for path in FILES for name in package_imports(path)}
+    assert {"errors.ConfigError", "attention.support.base_transformer", "losses.answer_positions"} <= names
+    assert len(FILES) > 40
+
+
+@pytest.mark.parametrize("module", ["tasks", "evaluation"])
+def test_tasks_and_evaluation_know_no_method(module: str) -> None:
+    targets = {unit(name) for path in (SOURCE / module).rglob("*.py") for name in package_imports(path)}
+    assert targets - {module} <= {"errors", "config", "tasks"}
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, seekr_peft; seekr_peft.__version__; dir(seekr_peft); seekr_peft.SeekrConfig(); seekr_peft.ConfigError; "
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib', 'accelerate', 'numpy'} & set(sys.modules); "
+        "assert 'seekr_peft.config' in sys.modules; sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, f"loaded: {run.stderr}"
+
+
+@pytest.mark.parametrize("name", [name for name in seekr_peft.__all__ if name != "ContinualSFTTrainer"])
+def test_every_public_name_resolves(name: str) -> None:
+    assert getattr(seekr_peft, name) is not None
+    assert name in dir(seekr_peft)
+
+
+def test_the_trl_trainer_is_public_and_resolves_where_trl_is_installed() -> None:
+    assert "ContinualSFTTrainer" in seekr_peft.__all__
+    pytest.importorskip("trl", reason="ContinualSFTTrainer needs the trl package")
+    assert seekr_peft.ContinualSFTTrainer is not None
+
+
+def test_the_public_names_of_the_contract_are_there() -> None:
+    assert {
+        "SeekrConfig", "Seekr", "AttentionTap", "HeadSelection", "ReplayMemory", "AdapterStack", "ContinualTrainer",
+        "ContinualSFTTrainer", "Task", "AccuracyMatrix", "run_recipe",
+    } <= set(seekr_peft.__all__)  # fmt: skip
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Seeker'"):
+        _ = seekr_peft.Seeker
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_nothing_that_runs_code_on_reading_is_used(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for word in ("pickle", "torch.load", "torch.save", "yaml.load(", "allow_pickle", "shelve", "eval(", "exec("):
+        hits = [line for line in text.splitlines() if word in line.replace(".eval(", "")]
+        assert not hits, f"{path.name} uses {word}: {hits[0]}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent != SOURCE / "demo"], ids=module_name)
+def test_every_module_says_what_lives_there(path: Path) -> None:
+    assert len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") > 20

@@ -1,0 +1,170 @@
+"""ContinualSFTTrainer: replay beside TRL's own forward, which has neither logits nor attentions; and life without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import nf4_llama
+
+from seekr_peft import Seekr, SeekrConfig, Task
+from seekr_peft.demo import BASE_PATH
+from seekr_peft.demo.words import demo_tasks
+from seekr_peft.errors import AdapterError
+
+# TRL's own default uses the name that transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning")
+
+TERMS = ("replay_loss", "logits_loss", "attention_loss")
+
+
+def without_trl(code: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process in which TRL cannot be imported."""
+    script = f"import sys; sys.modules['trl'] = None\n{code}"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_without_trl_the_package_works_and_the_sft_trainer_names_the_extra() -> None:
+    result = without_trl(
+        "import seekr_peft; seekr_peft.ContinualTrainer; print('fine')\n"
+        "try: seekr_peft.ContinualSFTTrainer\n"
+        "except ImportError as error: print(error)"
+    )
+    lines = result.stdout.splitlines()
+    assert lines == ["fine", "ContinualSFTTrainer needs TRL; install it with: pip install 'seekr-peft[trl]'"], result
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(BASE_PATH)
+
+
+@pytest.fixture
+def tasks(tokenizer: Any) -> list[Task]:
+    found = demo_tasks(0, n_train=24, n_test=4)[:2]
+    return [Task.from_records(task["name"], task["train"], task["test"]).tokenized(tokenizer) for task in found]
+
+
+def adapted(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def demo_model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return adapted(AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype=torch.float32))
+
+
+def sft(method: Any, task: Task, tokenizer: Any, folder: Path, **changes: Any) -> Any:
+    trl = pytest.importorskip("trl")
+    from seekr_peft import ContinualSFTTrainer
+
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+        **changes,
+    }
+    names = {"prompt": "prompt", "answer": "completion"}
+    dataset = task.train.select_columns(list(names)).rename_columns(names)
+    return ContinualSFTTrainer(
+        model=method.model,
+        method=method,
+        args=trl.SFTConfig(output_dir=str(folder), **settings),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+
+
+def make_method(model: Any, folder: Path) -> Seekr:
+    return Seekr(model, SeekrConfig(replay_ratio=0.2, replay_every=1, replay_batch_size=4), directory=folder)
+
+
+def remember(method: Any, task: Task) -> None:
+    """Finish a first task whose adapter is random."""
+    with method.task(task.name, replay_from=task.train):
+        for parameter in method.stack.parameters().values():
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_sft_step_replays_with_logits_and_attention(
+    tmp_path: Path, tasks: list[Task], tokenizer: Any, checkpointing: bool
+) -> None:
+    pytest.importorskip("trl")
+    method = make_method(demo_model(), tmp_path / "method")
+    remember(method, tasks[0])
+    with method.task(tasks[1].name, replay_from=tasks[1].train):
+        own = {id(parameter) for parameter in method.stack.parameters().values()}
+        before = [(p, p.detach().clone()) for p in method.model.parameters()]
+        trainer = sft(method, tasks[1], tokenizer, tmp_path / "out", gradient_checkpointing=checkpointing)
+        trainer.train()
+        moved = {id(p) for p, old in before if not torch.equal(p, old)}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert moved == own
+    assert len(logs) == 4
+    # At the first step the fresh adapter changes nothing, so the teacher is met up to its stored half precision.
+    assert all(entry["replay_loss"] > 0.1 for entry in logs)
+    assert logs[0]["attention_loss"] < 1e-5 and logs[0]["logits_loss"] < 1e-3
+    assert all(logs[3][name] > 1e-4 for name in TERMS)
+    assert "mean_token_accuracy" in logs[0]
+    assert method.task_names == [task.name for task in tasks]
+
+
+def test_the_replay_gradient_is_the_same_as_without_trl(tmp_path: Path, tasks: list[Task], tokenizer: Any) -> None:
+    pytest.importorskip("trl")
+    gradients = []
+    for with_trl in (True, False):
+        torch.manual_seed(1)
+        method = make_method(demo_model(), tmp_path / f"method-{with_trl}")
+        remember(method, tasks[0])
+        with method.task(tasks[1].name, replay_from=tasks[1].train):
+            for parameter in method.stack.parameters().values():
+                parameter.data += 0.05 * torch.randn(parameter.shape)
+            method.start_training(4)
+            if with_trl:
+                trainer = sft(method, tasks[1], tokenizer, tmp_path / "out")
+                trainer._replay_backward(trainer.model)
+            else:
+                with method.replay_terms(method.model) as terms:
+                    terms.total.backward()
+            gradients.append([p.grad.clone() for p in method.stack.parameters().values()])
+    assert max(float(gradient.abs().max()) for gradient in gradients[0]) > 1e-3
+    for ours, direct in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, direct, atol=1e-6, rtol=1e-5)
+
+
+def test_over_a_4_bit_base_the_adapter_stays_in_float32(tmp_path: Path, tasks: list[Task], tokenizer: Any) -> None:
+    pytest.importorskip("trl")
+    # TRL casts such adapters to bfloat16 by itself.
+    model = adapted(nf4_llama(tmp_path / "base", vocab_size=256))
+    method = make_method(model, tmp_path / "method")
+    remember(method, tasks[0])
+    with method.task(tasks[1].name, replay_from=tasks[1].train):
+        trainer = sft(method, tasks[1], tokenizer, tmp_path / "out", max_steps=2)
+        assert {parameter.dtype for parameter in method.stack.parameters().values()} == {torch.float32}
+        trainer.train()
+        assert {parameter.dtype for parameter in method.stack.parameters().values()} == {torch.float32}
+    assert all(trainer.state.log_history[1][name] > 0 for name in TERMS)
+
+
+def test_an_sft_trainer_outside_of_a_task_is_refused(tmp_path: Path, tasks: list[Task], tokenizer: Any) -> None:
+    pytest.importorskip("trl")
+    method = make_method(demo_model(), tmp_path / "method")
+    with pytest.raises(AdapterError, match="outside of a task"):
+        sft(method, tasks[0], tokenizer, tmp_path / "out")
