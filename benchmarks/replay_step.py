@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import PeakMemory
 from seekr_peft import AttentionTap, HeadSelection
-from seekr_peft.attention.rows import TeacherRows, kl_of_rows
+from seekr_peft.attention.rows import kl_of_rows
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import combine, label_loss, logits_kl
 from seekr_peft.memory import ReplayBatch, ReplaySample, TaskMemory, collate, draw_queries

@@ -13,7 +13,6 @@ from .errors import ConfigError
 from .recipe import DEMO, ModelSection, Recipe
 from .tasks import prepare_tokenizer
 
-
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 """The training argument that switches checkpointing on, under its new and its old name."""
 

@@ -42,7 +42,7 @@ def trained_stack(n_tasks: int = 1, open_task: bool = True, **options: Any) -> A
 
 
 def make_dataset(n: int, seed: int = 0, answer: int = 3) -> list[dict[str, list[int]]]:
-    """``n`` tokenised samples of 7 to 13 tokens whose last ``answer`` tokens are the answer: the reverse of the first."""
+    """``n`` tokenised samples of 7 to 13 tokens; the last ``answer`` ones are the answer: the first ones reversed."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for _ in range(n):

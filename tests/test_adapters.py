@@ -154,7 +154,7 @@ def test_before_task_shows_the_model_before_the_task_and_restores_it_after_an_ex
     train_step(stack)
     after, training = logits_of(stack.model), trainable(stack.model)
     assert not torch.equal(after, before)
-    with pytest.raises(RuntimeError, match="boom"), stack.before_task():
+    with pytest.raises(RuntimeError, match="boom"), stack.before_task():  # noqa: PT012
         assert torch.equal(logits_of(stack.model), before)
         raise RuntimeError("boom")
     assert torch.equal(logits_of(stack.model), after)
@@ -164,7 +164,7 @@ def test_before_task_shows_the_model_before_the_task_and_restores_it_after_an_ex
 def test_frozen_stops_every_gradient_and_restores_each_flag_after_an_exception() -> None:
     stack = trained_stack()
     before = trainable(stack.model)
-    with pytest.raises(RuntimeError, match="boom"), stack.frozen():
+    with pytest.raises(RuntimeError, match="boom"), stack.frozen():  # noqa: PT012
         assert trainable(stack.model) == set()
         raise RuntimeError("boom")
     assert trainable(stack.model) == before and len(before) > 0
@@ -263,7 +263,9 @@ def test_above_the_rank_limit_the_discarded_energy_is_that_of_a_dense_svd(lora: 
     assert worst > consolidation.discarded_energy > 0.01
 
 
-@pytest.mark.parametrize(("out", "inside", "rank", "limit"), [(48, 52, 12, 12), (48, 8, 12, 10), (6, 52, 12, 10), (6, 5, 4, 3)])
+@pytest.mark.parametrize(
+    ("out", "inside", "rank", "limit"), [(48, 52, 12, 12), (48, 8, 12, 10), (6, 52, 12, 10), (6, 5, 4, 3)]
+)
 def test_truncation_is_exact_where_the_limit_covers_the_rank_of_the_change(
     out: int, inside: int, rank: int, limit: int
 ) -> None:
@@ -483,7 +485,7 @@ def test_the_trainer_refuses_to_resume_inside_a_task(tmp_path: Path) -> None:
 
     method = Sequential(fresh_peft())
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, save_strategy="no")
-    with pytest.raises(ConfigError, match="resume_from_checkpoint='x' would un-freeze"), method.task("a"):
+    with pytest.raises(ConfigError, match="resume_from_checkpoint='x' would un-freeze"), method.task("a"):  # noqa: PT012
         trainer = ContinualTrainer(model=method.model, method=method, args=arguments, train_dataset=make_dataset(2))
         trainer.train(resume_from_checkpoint="x")
     assert method.task_names == []

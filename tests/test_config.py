@@ -147,9 +147,9 @@ def test_a_value_of_another_type_is_refused_and_a_bool_is_no_number(name: str, v
 def test_a_file_that_holds_no_settings_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         SeekrConfig.load(path)
-    with pytest.raises(ConfigError, match="missing.json"):
+    with pytest.raises(ConfigError, match=r"missing\.json"):
         SeekrConfig.load(tmp_path / "missing.json")
 
 

@@ -72,7 +72,7 @@ def test_imports_point_down(path: Path) -> None:
     assert own in LEVEL, f"{path.relative_to(SOURCE)} has no level; add it to the table"
     for name in package_imports(path):
         target = unit(name)
-        if target == own or name == "__version__" or target == "demo" and name in ("demo.BASE_PATH", "demo.words"):
+        if target == own or name == "__version__" or (target == "demo" and name in ("demo.BASE_PATH", "demo.words")):
             continue
         assert target in LEVEL, f"{module_name(path)} imports {name}, which has no level"
         assert LEVEL[target] < LEVEL[own], f"{module_name(path)} must not import {name}"

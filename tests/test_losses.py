@@ -85,7 +85,9 @@ def test_answer_logits_are_those_of_a_full_forward_in_order_of_sample_and_positi
     expected = torch.stack([full[i, j] for i, j in ((0, 7), (0, 8), (0, 9), (1, 6), (2, 1), (2, 2))])
     logits, targets = answer_logits(model, **batch)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert targets.tolist() == [int(batch["input_ids"][i, j]) for i, j in ((0, 8), (0, 9), (0, 10), (1, 7), (2, 2), (2, 3))]
+    assert targets.tolist() == [
+        int(batch["input_ids"][i, j]) for i, j in ((0, 8), (0, 9), (0, 10), (1, 7), (2, 2), (2, 3))
+    ]
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def test_evaluation_mode_restores_each_modules_own_mode_even_after_an_exception(
     model = tiny_llama().train()
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(RuntimeError, match="boom"), evaluation_mode(model):
+    with pytest.raises(RuntimeError, match="boom"), evaluation_mode(model):  # noqa: PT012
         assert not any(module.training for module in model.modules())
         raise RuntimeError("boom")
     assert [module.training for module in model.modules()] == before

@@ -55,7 +55,9 @@ def make_signals(
             rows[layer] = TeacherRows.from_dense(logits.masked_fill(future, float("-inf")).softmax(-1), row_top_k)
         n_answer = int((sample.labels[1:] != -100).sum())
         logits = 2 * torch.randn(n_answer, VOCABULARY, generator=generator)
-        signals.append(TeacherSignals(rows, TeacherDistributions.from_logits(logits, logit_top_k) if logit_top_k else None))
+        signals.append(
+            TeacherSignals(rows, TeacherDistributions.from_logits(logits, logit_top_k) if logit_top_k else None)
+        )
     return signals
 
 
@@ -71,7 +73,8 @@ def write(directory: Path, n: int = 4, dtype: str = "float32", **options: Any) -
 
 
 @pytest.mark.parametrize(
-    ("n_train", "ratio", "kept"), [(600, 0.01, 6), (5000, 0.01, 50), (30, 0.01, 1), (1, 0.5, 1), (7, 1.0, 7), (10, 0.25, 2)]
+    ("n_train", "ratio", "kept"),
+    [(600, 0.01, 6), (5000, 0.01, 50), (30, 0.01, 1), (1, 0.5, 1), (7, 1.0, 7), (10, 0.25, 2)],
 )
 def test_the_replay_ratio_is_rounded_and_keeps_at_least_one_sample(n_train: int, ratio: float, kept: int) -> None:
     assert replay_count(n_train, ratio) == kept
@@ -85,7 +88,7 @@ def test_never_more_samples_are_kept_than_there_are(n_train: int, ratio: float) 
 def test_the_random_choice_is_sorted_without_repeats_and_seeded() -> None:
     dataset = range(600)
     drawn = select_random(dataset, 40, seed=5)
-    assert drawn == sorted(set(drawn)) and len(drawn) == 40 and 0 <= drawn[0] and drawn[-1] < 600
+    assert drawn == sorted(set(drawn)) and len(drawn) == 40 and drawn[0] >= 0 and drawn[-1] < 600
     assert drawn == select_random(dataset, 40, seed=5)
     assert len({tuple(select_random(dataset, 40, seed)) for seed in range(30)}) == 30
 
@@ -117,7 +120,11 @@ def test_chosen_samples_are_those_of_the_dataset_and_each_has_its_own_queries() 
 
 
 def test_padding_is_dropped_from_a_padded_dataset() -> None:
-    item = {"input_ids": [0, 0, 5, 6, 7, 0], "labels": [-100, -100, -100, 6, 7, -100], "attention_mask": [0, 0, 1, 1, 1, 0]}
+    item = {
+        "input_ids": [0, 0, 5, 6, 7, 0],
+        "labels": [-100, -100, -100, 6, 7, -100],
+        "attention_mask": [0, 0, 1, 1, 1, 0],
+    }
     (sample,) = choose_samples([item], 1.0, None, seed=0)
     assert sample.input_ids.tolist() == [5, 6, 7]
     assert sample.labels.tolist() == [-100, 6, 7]
@@ -167,7 +174,9 @@ def test_teachers_come_back_exactly_in_float32_when_k_covers_everything(tmp_path
             length = len(sample.input_ids)
             assert torch.equal(back.rows[layer].indices[..., :length], rows.indices)
             # One unit in the last place below 1: the masses are divided by their sum.
-            torch.testing.assert_close(back.rows[layer].probabilities[..., :length], rows.probabilities, rtol=0, atol=2e-7)
+            torch.testing.assert_close(
+                back.rows[layer].probabilities[..., :length], rows.probabilities, rtol=0, atol=2e-7
+            )
             assert not back.rows[layer].probabilities[..., length:].any()
             assert not back.rows[layer].remaining.any()
         assert torch.equal(back.logits.indices, signal.logits.indices)
@@ -408,7 +417,10 @@ def test_the_weights_of_all_layers_sum_to_one_and_each_sample_has_an_equal_part(
     per_sample = sum(teacher.weights.sum(dim=(1, 2)) for teacher in batch.layers.values())
     torch.testing.assert_close(per_sample, torch.full((3,), 1 / 3), rtol=1e-6, atol=0)
     # Sample 0: 2 layers, 2 heads in layer 0, 5 queries.
-    torch.testing.assert_close(batch.layers[0].weights[0, 1], torch.full_like(batch.layers[0].weights[0, 1], 0).index_fill_(0, torch.arange(5), 1 / (3 * 2 * 2 * 5)))
+    torch.testing.assert_close(
+        batch.layers[0].weights[0, 1],
+        torch.full_like(batch.layers[0].weights[0, 1], 0).index_fill_(0, torch.arange(5), 1 / (3 * 2 * 2 * 5)),
+    )
     assert not batch.layers[0].weights[0, 0].any(), "sample 0 did not select head 0 of layer 0"
     assert not batch.layers[0].weights[2].any(), "sample 2 selected nothing in layer 0"
 

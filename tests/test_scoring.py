@@ -248,7 +248,9 @@ def test_a_teacher_may_be_asked_for_neither_rows_nor_logits() -> None:
 
 def test_signals_hold_no_graph_and_lie_on_the_cpu() -> None:
     (signals,), _, _ = teach(make_stack().model, make_samples(1), EVERY_HEAD, 4, 4)
-    tensors = [part for rows in signals.rows.values() for part in vars(rows).values()] + list(vars(signals.logits).values())
+    tensors = [part for rows in signals.rows.values() for part in vars(rows).values()] + list(
+        vars(signals.logits).values()
+    )
     assert len(tensors) == 3 * N_LAYERS + 3
     assert not any(tensor.requires_grad for tensor in tensors)
     assert all(tensor.device.type == "cpu" for tensor in tensors)

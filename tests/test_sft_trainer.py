@@ -1,4 +1,4 @@
-"""ContinualSFTTrainer: replay beside TRL's own forward, which has neither logits nor attentions; and life without it."""
+"""ContinualSFTTrainer: replay beside TRL's own forward, which has no logits and no attentions; and life without TRL."""
 
 from __future__ import annotations
 

@@ -1,0 +1,308 @@
+"""Recipes: every mistake at once, before anything is loaded; overrides, variables; and the recipes in ``recipes/``."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from seekr_peft import cli
+from seekr_peft.demo.run import demo_recipe
+from seekr_peft.errors import ConfigError
+from seekr_peft.recipe import Recipe, load_recipe, save_recipe
+
+RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+
+GOOD: dict[str, Any] = {"model": {"name_or_path": "demo"}, "tasks": {"format": "demo"}}
+
+FIVE_MISTAKES = """
+model: {name_or_path: /nowhere/at/all, quantisation: nf4}
+method: {name: seeker, lambda1: 2}
+training: {learning_rate: fast}
+tasks: {format: demo}
+"""
+
+
+def recipe(**sections: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(GOOD), **sections}
+
+
+def problems(source: Any, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(source, overrides)
+    return caught.value.problems
+
+
+# Every mistake at once --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    path = tmp_path / "bad.yaml"
+    path.write_text(FIVE_MISTAKES + f"output_dir: {tmp_path / 'run'}\n", encoding="utf-8")
+    return path
+
+
+def check_five(lines: list[str]) -> None:
+    assert len(lines) == 5, lines
+    for start in (
+        "model.quantisation is an unknown key; did you mean model.quantization?",
+        "method.name must be one of sequential, replay, seekr, got 'seeker'.",
+        "method.lambda1 must be in [0, 1], got 2.",
+        "training.learning_rate must be a number above 0, got 'fast'.",
+        "model.name_or_path: /nowhere/at/all has no config.json;",
+    ):
+        assert any(line.startswith(f"seekr-peft: {start}") for line in lines), (start, lines)
+
+
+def test_five_mistakes_print_five_lines_and_load_no_model(
+    bad: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model or tokenizer was loaded")
+
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.AutoConfig):
+        monkeypatch.setattr(loader, "from_pretrained", refuse)
+    monkeypatch.setattr(sys, "argv", ["seekr-peft", "run", str(bad)])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    printed = capsys.readouterr()
+    assert exited.value.code == 2
+    assert printed.out == ""
+    check_five(printed.err.splitlines())
+    assert not (bad.parent / "run").exists()
+
+
+@pytest.mark.slow
+def test_five_mistakes_print_five_lines_in_a_process_of_its_own(bad: Path) -> None:
+    command = [sys.executable, "-m", "seekr_peft.cli", "run", str(bad)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    check_five(result.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        (None, "modle", "modle is an unknown key; did you mean model?"),
+        ("model", "name_or_pth", "model.name_or_pth is an unknown key; did you mean model.name_or_path?"),
+        ("adapter", "lora_alpa", "adapter.lora_alpa is an unknown key; did you mean adapter.lora_alpha?"),
+        ("adapter", "rank_limt", "adapter.rank_limt is an unknown key; did you mean adapter.rank_limit?"),
+        ("method", "replay_ration", "method.replay_ration is an unknown key; did you mean method.replay_ratio?"),
+        ("training", "learning_rat", "training.learning_rat is an unknown key; did you mean training.learning_rate?"),
+        ("tasks", "max_trian", "tasks.max_trian is an unknown key; did you mean tasks.max_train?"),
+        ("evaluation", "batchsize", "evaluation.batchsize is an unknown key; did you mean evaluation.batch_size?"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None, key: str, message: str) -> None:
+    mapping = recipe(method={"name": "seekr"})
+    target = mapping if section is None else mapping.setdefault(section, {})
+    target[key] = 1
+    assert problems(mapping) == [message]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"method": {}}, "method.name must be one of sequential, replay, seekr, got None."),
+        ({"method": "seekr"}, "method: input should be a valid dictionary, got 'seekr'."),
+        ({"training": {"seed": 3}}, "training.seed is set by the run; use seed instead."),
+        ({"training": {"output_dir": "x"}}, "training.output_dir is set by the run; use output_dir instead."),
+        (
+            {"training": {"use_cpu": True}},
+            "training.use_cpu is set by the run; use the environment variable CUDA_VISIBLE_DEVICES instead.",
+        ),
+        (
+            {"training": {"eval_strategy": "steps"}},
+            "training.eval_strategy is set by the run; use the evaluation section instead.",
+        ),
+        ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs must be a number above 0, got 0."),
+        ({"training": {"warmup_steps": "some"}}, "training.warmup_steps must be a number, got 'some'."),
+        ({"training": {"bf16": "often"}}, "training.bf16 must be true or false, got 'often'."),
+        ({"adapter": {"r": 0}}, "adapter.r must be a number of at least 1, got 0."),
+        ({"tasks": {}}, "tasks.format is missing; add it to the recipe."),
+        (
+            {"tasks": {"format": "demo", "order": ["first", "lst"]}},
+            "tasks.order: lst is an unknown key; did you mean last?",
+        ),
+        ({"tasks": {"format": "demo", "order": ["last", "last"]}}, "tasks.order names 'last' more than once."),
+        ({"tasks": {"format": "demo", "order": "first"}}, "tasks.order: input should be a valid list, got 'first'."),
+        (
+            {"tasks": {"format": "demo", "epochs": [1, 2]}},
+            "tasks.epochs has 2 numbers for 4 tasks; give one for each.",
+        ),
+        ({"tasks": {"format": "jsonl"}}, "tasks.path is missing; format 'jsonl' needs the folder of the tasks."),
+        ({"seed": -1}, "seed: input should be greater than or equal to 0, got -1."),
+        (
+            {"evaluation": {"general": ["mmlu"]}},
+            "evaluation.general: general-ability tests are not part of this version; leave it empty.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_with_its_place(sections: dict[str, Any], message: str) -> None:
+    assert problems(recipe(**sections)) == [message]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "one"),
+    [("lr_scheduler_type", "lineer", "cosine"), ("optim", "adam", "adamw_torch"), ("save_strategy", "often", "epoch")],
+)
+def test_a_choice_of_transformers_is_checked_before_the_run(key: str, value: str, one: str) -> None:
+    (message,) = problems(recipe(training={key: value}))
+    assert message.startswith(f"training.{key} must be one of ") and f" {one}," in message + ","
+    assert message.endswith(f"got {value!r}.")
+    assert load_recipe(recipe(training={key: one})).training == {key: one}
+
+
+def test_an_unknown_task_format_is_named_even_without_a_path() -> None:
+    (message,) = problems(recipe(tasks={"format": "jsnl"}))
+    assert "'jsnl' is unknown" in message and "jsonl" in message
+
+
+def test_a_folder_that_is_missing_is_named_with_its_nearest_parent(tmp_path: Path) -> None:
+    (message,) = problems(recipe(tasks={"format": "jsonl", "path": str(tmp_path / "no" / "where")}))
+    assert message.startswith("tasks: ") and str(tmp_path) in message
+
+
+def test_the_sections_that_are_left_out_have_defaults() -> None:
+    found = load_recipe(recipe())
+    assert (found.method_name, found.adapter.mode, found.model.quantization) == ("seekr", "stack", "nf4")
+    assert found.adapter.lora() == {
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def test_the_methods_seed_is_the_recipes_unless_it_has_its_own() -> None:
+    assert load_recipe(recipe(seed=5)).method_config().seed == 5
+    assert load_recipe(recipe(seed=5, method={"name": "seekr", "seed": 6})).method_config().seed == 6
+
+
+# Files, overrides, variables --------------------------------------------------------------------------------------
+
+
+def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    found = load_recipe(recipe(training={"learning_rate": 1e-4}, tasks={"format": "demo", "epochs": [1, 2, 3, 0.5]}))
+    save_recipe(found, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [", "is not YAML"),
+        ("- a\n- b\n", "must be a mapping with the keys model, tasks, ..., got list"),
+        ("", "must be a mapping with the keys model, tasks, ..., got NoneType"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    (found,) = problems(path)
+    assert found.startswith(f"recipe {path} ") and message in found and "\n" not in found
+
+
+def test_1e_4_is_a_number_in_a_file_and_in_an_override(tmp_path: Path) -> None:
+    # YAML 1.1 reads both as text.
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {name_or_path: demo}\ntasks: {format: demo}\ntraining: {learning_rate: 1e-4}\n")
+    assert load_recipe(path).training == {"learning_rate": 1e-4}
+    assert load_recipe(path, ["training.learning_rate=2E-3"]).training == {"learning_rate": 2e-3}
+
+
+def test_an_override_replaces_adds_and_makes_sections() -> None:
+    source = recipe(training={"learning_rate": 0.1, "weight_decay": 0.5})
+    overrides = ["training.learning_rate=0.2", "evaluation.batch_size=7", "tasks.order=[last, first]", "seed=3"]
+    found = load_recipe(source, overrides)
+    assert found.training == {"learning_rate": 0.2, "weight_decay": 0.5}
+    assert found.evaluation.batch_size == 7
+    assert found.tasks.order == ["last", "first"]
+    assert found.seed == 3
+    assert source["training"]["learning_rate"] == 0.1, "the caller's mapping was changed"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learningrate=1", "training.learningrate is an unknown key; did you mean training.learning_rate?"),
+        ("trainin.learning_rate=1", "trainin is an unknown key; did you mean training?"),
+        ("seed.value=1", "override 'seed.value=1': seed is 0, not a section."),
+        ("seed", "override 'seed' must have the form section.key=value, as in training.learning_rate=1e-4."),
+        ("training..x=1", "override 'training..x=1' must have the form section.key=value"),
+        ("seed=[", "override 'seed=[': the value '[' is not YAML."),
+    ],
+)
+def test_an_override_that_fits_nothing_is_refused(override: str, message: str) -> None:
+    (found,) = problems(recipe(seed=0), override)
+    assert found.startswith(message)
+
+
+def test_variables_are_filled_in_from_the_environment_or_their_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEEKR_TEST_SET", "there")
+    monkeypatch.delenv("SEEKR_TEST_UNSET", raising=False)
+    source = recipe(
+        output_dir="runs/${SEEKR_TEST_SET:-default}/${SEEKR_TEST_UNSET:-other}",
+        seed="${SEEKR_TEST_UNSET:-7}",
+        training={"learning_rate": "${SEEKR_TEST_UNSET:-1e-4}"},
+    )
+    found = load_recipe(source)
+    assert found.output_dir == "runs/there/other"
+    assert found.seed == 7
+    assert found.training == {"learning_rate": 1e-4}
+
+
+def test_a_variable_that_is_not_set_and_has_no_default_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEEKR_TEST_UNSET", raising=False)
+    (message,) = problems(recipe(output_dir="runs/${SEEKR_TEST_UNSET}"))
+    assert message == (
+        "output_dir: the environment variable SEEKR_TEST_UNSET is not set; set it, or write "
+        "${SEEKR_TEST_UNSET:-default}."
+    )
+
+
+# The recipes of the repository ------------------------------------------------------------------------------------
+
+
+def test_there_are_recipes() -> None:
+    assert {"demo.yaml", "real_tasks_cpu.yaml"} <= {path.name for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_of_the_repository_has_no_mistake_but_data_that_is_elsewhere(path: Path) -> None:
+    try:
+        assert isinstance(load_recipe(path), Recipe)
+    except ConfigError as error:
+        for problem in error.problems:
+            assert re.match(
+                r"model\.name_or_path: \S+ has no config\.json|tasks: The task path .* is not there", problem
+            )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_of_the_repository_names_its_own_command(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = list(takewhile(lambda line: line.startswith("#"), lines))
+    commands = [line for line in header if "seekr-peft run" in line]
+    relative = path.relative_to(REPOSITORY).as_posix()
+    assert any(re.search(rf"#   .*seekr-peft run {re.escape(relative)}( |$)", line) for line in commands), header
+
+
+def test_the_demo_recipe_of_the_repository_is_the_demos() -> None:
+    written = yaml.safe_load((REPOSITORY / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+    assert written == demo_recipe()
+    assert load_recipe(written) == load_recipe(demo_recipe())
