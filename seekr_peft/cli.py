@@ -104,9 +104,12 @@ def export(
 
 
 def _quiet() -> None:
-    """Our own bars replace those of transformers; its warnings stay."""
+    """Our own bars replace those of transformers; its warnings stay, but for one that PEFT causes and none can heed."""
+    import warnings
+
     import transformers
 
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     transformers.logging.disable_progress_bar()
 
 

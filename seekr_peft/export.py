@@ -27,6 +27,7 @@ def export_adapter(run_directory: str | Path, out: str | Path) -> Path:
         raise RunError(
             f"{source} has no {missing[0]}, so the run is not finished; go on with: seekr-peft run RECIPE --resume."
         )
+    _check_config(source / FILES[0])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"{target} is not empty; choose another folder with --out.")
     try:
@@ -35,7 +36,6 @@ def export_adapter(run_directory: str | Path, out: str | Path) -> Path:
         raise RunError(f"{target} cannot be made ({error.strerror}); choose another folder with --out.") from error
     for name in FILES:
         shutil.copyfile(source / name, target / name)
-    _check_config(target / FILES[0])
     return target
 
 

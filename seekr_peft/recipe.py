@@ -292,11 +292,11 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
     if tasks["format"] == DEMO:
         from .demo.words import TASK_NAMES
 
-        unknown = [name for name in order or [] if name not in TASK_NAMES]
-        problems += [f"tasks.order: {unknown_key(name, list(TASK_NAMES))}" for name in unknown]
-        twice = {name for name in order or [] if order.count(name) > 1}
-        problems += [f"tasks.order names {name!r} more than once." for name in sorted(twice)]
         order = order or list(TASK_NAMES)
+        unknown = [name for name in order if name not in TASK_NAMES]
+        problems += [f"tasks.order: {unknown_key(name, list(TASK_NAMES))}" for name in unknown]
+        twice = {name for name in order if order.count(name) > 1}
+        problems += [f"tasks.order names {name!r} more than once." for name in sorted(twice)]
     elif tasks["format"] in FORMATS and not tasks.get("path"):
         problems.append(f"tasks.path is missing; format {tasks['format']!r} needs the folder of the tasks.")
     else:

@@ -154,7 +154,7 @@ def test_before_task_shows_the_model_before_the_task_and_restores_it_after_an_ex
     train_step(stack)
     after, training = logits_of(stack.model), trainable(stack.model)
     assert not torch.equal(after, before)
-    with pytest.raises(RuntimeError, match="boom"), stack.before_task():  # noqa: PT012
+    with pytest.raises(RuntimeError, match="boom"), stack.before_task():
         assert torch.equal(logits_of(stack.model), before)
         raise RuntimeError("boom")
     assert torch.equal(logits_of(stack.model), after)
@@ -164,7 +164,7 @@ def test_before_task_shows_the_model_before_the_task_and_restores_it_after_an_ex
 def test_frozen_stops_every_gradient_and_restores_each_flag_after_an_exception() -> None:
     stack = trained_stack()
     before = trainable(stack.model)
-    with pytest.raises(RuntimeError, match="boom"), stack.frozen():  # noqa: PT012
+    with pytest.raises(RuntimeError, match="boom"), stack.frozen():
         assert trainable(stack.model) == set()
         raise RuntimeError("boom")
     assert trainable(stack.model) == before and len(before) > 0
@@ -485,7 +485,7 @@ def test_the_trainer_refuses_to_resume_inside_a_task(tmp_path: Path) -> None:
 
     method = Sequential(fresh_peft())
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, save_strategy="no")
-    with pytest.raises(ConfigError, match="resume_from_checkpoint='x' would un-freeze"), method.task("a"):  # noqa: PT012
+    with pytest.raises(ConfigError, match="resume_from_checkpoint='x' would un-freeze"), method.task("a"):
         trainer = ContinualTrainer(model=method.model, method=method, args=arguments, train_dataset=make_dataset(2))
         trainer.train(resume_from_checkpoint="x")
     assert method.task_names == []

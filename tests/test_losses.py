@@ -103,7 +103,7 @@ def test_evaluation_mode_restores_each_modules_own_mode_even_after_an_exception(
     model = tiny_llama().train()
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(RuntimeError, match="boom"), evaluation_mode(model):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="boom"), evaluation_mode(model):
         assert not any(module.training for module in model.modules())
         raise RuntimeError("boom")
     assert [module.training for module in model.modules()] == before

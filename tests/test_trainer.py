@@ -136,11 +136,11 @@ def test_dividing_the_replay_loss_by_the_accumulation_steps_would_be_noticed(
 ) -> None:
     args = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     right, _ = trained(after_one_task(), args)
-    wrong, _ = trained(after_one_task(_quarter_of_replay), args)
+    wrong, _ = trained(after_one_task(_QuarterOfReplay), args)
     assert largest_difference(right, wrong) > 1e-4
 
 
-class _scaled(Seekr):
+class _Scaled(Seekr):
     factor = 1.0
 
     @contextmanager
@@ -151,11 +151,11 @@ class _scaled(Seekr):
             yield replace(terms, total=self.factor * terms.total)
 
 
-class _quarter_of_replay(_scaled):
+class _QuarterOfReplay(_Scaled):
     factor = 0.25
 
 
-class _nothing_of_replay(_scaled):
+class _NothingOfReplay(_Scaled):
     factor = 0.0
 
 
@@ -171,7 +171,7 @@ def test_the_applied_gradient_is_the_plain_trainers_plus_the_replay_losss(
         gradient_accumulation_steps=accumulation,
     )
     # A fresh adapter (B = 0) changes nothing, so its teacher terms would have no gradient: start from a random one.
-    spy, method = _GradientSpy(), after_one_task(method_class)
+    spy, method = _gradient_spy(), after_one_task(method_class)
     with method.task("new", replay_from=NEW):
         perturb(method)
         ContinualTrainer(model=method.model, method=method, args=args, train_dataset=NEW, callbacks=[spy]).train()
@@ -180,7 +180,7 @@ def test_the_applied_gradient_is_the_plain_trainers_plus_the_replay_losss(
     plain = after_one_task(method_class)
     with plain.task("new", replay_from=NEW):
         perturb(plain)
-        spy = _GradientSpy()
+        spy = _gradient_spy()
         _plain_trainer(plain.model, args, callbacks=[spy]).train()
 
     direct = after_one_task(method_class)
@@ -205,7 +205,7 @@ def _plain_trainer(model: Any, args: Any, **kwargs: Any) -> Any:
     return Trainer(model=model, args=args, train_dataset=NEW, data_collator=AnswerCollator(0), **kwargs)
 
 
-def _GradientSpy() -> Any:
+def _gradient_spy() -> Any:
     from transformers import TrainerCallback
 
     class Spy(TrainerCallback):
@@ -236,7 +236,7 @@ def test_sequential_trains_bitwise_what_a_plain_trainer_trains_on_plain_peft(tmp
 
 def test_a_replay_loss_of_weight_zero_changes_nothing(tmp_path: Path, after_one_task: Any) -> None:
     args = arguments(tmp_path, optim="adamw_torch")
-    ours, trainer = trained(after_one_task(_nothing_of_replay), args)
+    ours, trainer = trained(after_one_task(_NothingOfReplay), args)
     plain = after_one_task()
     with plain.task("new", replay_from=NEW):
         _plain_trainer(plain.model, args).train()
@@ -303,7 +303,7 @@ def test_separate_replay_takes_steps_of_its_own_and_leaves_the_schedule_alone(
 def test_a_single_separate_replay_step_at_the_end_of_the_task_is_not_lost(tmp_path: Path, after_one_task: Any) -> None:
     args = arguments(tmp_path, max_steps=2)
     replayed, _ = trained(after_one_task(replay_step="separate", replay_every=100), args)
-    plain, _ = trained(after_one_task(_nothing_of_replay, replay_step="separate", replay_every=100), args)
+    plain, _ = trained(after_one_task(_NothingOfReplay, replay_step="separate", replay_every=100), args)
     assert largest_difference(replayed, plain) > 1e-4
 
 

@@ -1,0 +1,124 @@
+"""The demo: three methods with the same steps, one page, and nobody's folder is overwritten."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from small_run import TASKS, read_json, read_lines, small_recipe
+
+import seekr_peft.demo.run as demo_module
+from seekr_peft.demo.run import METHODS, demo_recipe, run_demo
+from seekr_peft.errors import RunError
+from seekr_peft.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of a demo of a few steps, and what it printed; tests only read it."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    console = Console(file=io.StringIO(), width=160)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo_module, "demo_recipe", lambda: small_recipe(folder))
+        page = run_demo(folder, console)
+    assert page.is_file() and page.parent == folder
+    return folder, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_three_methods_take_the_same_steps_on_the_same_recipe(demo: tuple[Path, str]) -> None:
+    folder, _ = demo
+    steps, recipes = [], []
+    for method in METHODS:
+        lines = read_lines(folder / method / "metrics.jsonl")
+        steps.append([(line["task"], line["step"]) for line in lines])
+        recipes.append(yaml.safe_load((folder / method / "recipe.yaml").read_text(encoding="utf-8")))
+        assert recipes[-1].pop("method") == {"name": method}
+        assert recipes[-1].pop("output_dir") == str(folder / method)
+        assert read_json(folder / method / "state.json")["status"] == "finished"
+    assert steps[0] == steps[1] == steps[2] == [(name, step) for name in TASKS for step in (4, 6)]
+    assert recipes[0] == recipes[1] == recipes[2]
+
+
+@pytest.mark.slow
+def test_the_first_task_is_the_same_whatever_the_method(demo: tuple[Path, str]) -> None:
+    folder, _ = demo
+    adapters = [(folder / m / "tasks/01-first/adapter/adapter_model.safetensors").read_bytes() for m in METHODS]
+    assert adapters[0] == adapters[1] == adapters[2]
+
+
+@pytest.mark.slow
+def test_the_page_and_the_table_show_the_three_methods(demo: tuple[Path, str]) -> None:
+    folder, printed = demo
+    pages = list(folder.glob("*.html"))
+    assert len(pages) == 1
+    text = pages[0].read_text(encoding="utf-8")
+    assert all(method in text for method in METHODS)
+    assert str(pages[0]) in printed
+    for method in METHODS:
+        matrix = read_json(folder / method / "accuracy_matrix.json")
+        line = next(line for line in printed.splitlines() if line.startswith("│") and f" {method} " in line)
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        expected = [f"{100 * row[-1]:.1f}" for row in matrix["scores"]]
+        assert cells == [method, *expected, f"{100 * matrix['op']:.1f}", f"{100 * matrix['bwt']:+.1f}"]
+
+
+class Stopped(Exception):
+    """Raised where the first run would begin."""
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replaces the runs; returns the recipes that would have run."""
+    recipes: list[dict[str, Any]] = []
+
+    def stop(recipe: dict[str, Any], **options: Any) -> None:
+        recipes.append(recipe)
+        raise Stopped
+
+    monkeypatch.setattr(demo_module, "run_recipe", stop)
+    return recipes
+
+
+def test_an_earlier_demo_is_replaced(tmp_path: Path, nothing_runs: list[dict[str, Any]]) -> None:
+    folder = tmp_path / "demo"
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            run_demo(folder, Console(file=io.StringIO()))
+        assert not (folder / "old").exists()
+        (folder / "old").mkdir()
+    assert [recipe["output_dir"] for recipe in nothing_runs] == [str(folder / "sequential")] * 2
+
+
+def test_a_foreign_folder_or_file_is_refused_and_left_alone(tmp_path: Path, nothing_runs: list[dict[str, Any]]) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    for path in (folder, folder / "thesis.tex"):
+        with pytest.raises(RunError, match="is not empty and holds no earlier demo; choose another folder with --out"):
+            run_demo(path, Console(file=io.StringIO()))
+    assert (folder / "thesis.tex").read_text() == "mine"
+    assert nothing_runs == []
+
+
+def test_methods_with_other_numbers_of_steps_are_not_compared(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    results = {}
+    for method, steps in (("sequential", 6), ("replay", 7)):
+        (tmp_path / method).mkdir()
+        line = f'{{"task_index": 0, "step": {steps}}}\n'
+        (tmp_path / method / "metrics.jsonl").write_text(line)
+        results[method] = SimpleNamespace(directory=tmp_path / method)
+    with pytest.raises(RunError, match=r"different numbers of optimiser steps .*\[6\].*\[7\]"):
+        demo_module._check_same_steps(results)  # type: ignore[arg-type]
+
+
+def test_the_demos_recipe_has_no_mistake_and_no_network() -> None:
+    recipe = load_recipe(demo_recipe())
+    assert (recipe.model.name_or_path, recipe.tasks.format) == ("demo", "demo")
+    assert recipe.model.quantization == "nf4"

@@ -1,0 +1,481 @@
+"""A run directory: what is in it, that a kill at any moment costs at most the task in progress, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from small_run import TASKS, read_json, read_lines, small_recipe
+
+import seekr_peft.run as run_module
+from seekr_peft import ContinualTrainer, Seekr, run_recipe
+from seekr_peft.demo import BASE_PATH
+from seekr_peft.errors import ConfigError, RunError
+from seekr_peft.recipe import load_recipe
+
+TERMS = ("replay_loss", "logits_loss", "attention_loss")
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def run(recipe: dict[str, Any], **options: Any) -> Any:
+    return run_recipe(recipe, console=quiet(), **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three tasks that was never stopped; tests only read it."""
+    return run(small_recipe(tmp_path_factory.mktemp("run") / "seekr")).directory
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take longer than such a training."""
+    monkeypatch.setattr(run_module, "write_report", lambda directory: directory / "report.html")
+
+
+# What is in it ----------------------------------------------------------------------------------------------------
+
+
+def test_the_directory_holds_every_file_of_its_format(finished: Path) -> None:
+    files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    folders = [f"{number:02d}-{name}" for number, name in enumerate(TASKS, start=1)]
+    adapter = ("adapter_config.json", "adapter_model.safetensors")
+    expected = {"recipe.yaml", "environment.json", "state.json", "metrics.jsonl", "importance.safetensors"}
+    expected |= {"accuracy_matrix.json", "accuracy_matrix.csv", "report.html", "method.json", "tasks.json", ".lock"}
+    expected |= {f"adapter/{name}" for name in adapter}
+    expected |= {f"tasks/{folder}/adapter/{name}" for folder in folders for name in adapter}
+    expected |= {f"tasks/{folder}/memory.{ending}" for folder in folders for ending in ("json", "safetensors")}
+    expected |= {
+        f"predictions/{after}/{on}.jsonl" for place, after in enumerate(folders) for on in folders[: place + 1]
+    }
+    figures = {name for name in files if name.startswith("figures/")}
+    assert files - figures == expected
+    assert len(figures) >= 3 and all(name.endswith(".png") for name in figures)
+
+
+def test_the_recipe_is_stored_resolved(finished: Path) -> None:
+    stored = yaml.safe_load((finished / "recipe.yaml").read_text(encoding="utf-8"))
+    assert stored == load_recipe(small_recipe(finished)).to_dict()
+    assert stored["tasks"]["max_length"] == 512, "defaults are written out"
+
+
+def test_state_and_environment_tell_how_far_it_came(finished: Path) -> None:
+    assert read_json(finished / "state.json") == {
+        "finished_tasks": 3,
+        "tasks": TASKS,
+        "last_finished": "third",
+        "status": "finished",
+    }
+    environment = read_json(finished / "environment.json")
+    assert set(environment) == {"versions", "machine", "command", "seconds"}
+    assert environment["versions"]["torch"] == torch.__version__
+    assert 0 < environment["seconds"] < 600
+
+
+def test_a_memory_names_its_samples_teacher_and_heads(finished: Path) -> None:
+    for number, name in enumerate(TASKS, start=1):
+        folder = finished / "tasks" / f"{number:02d}-{name}"
+        header = read_json(folder / "memory.json")
+        assert (header["format"], header["task"], header["n_samples"]) == (1, name, 4)
+        assert header["bytes"] == (folder / "memory.safetensors").stat().st_size
+        assert header["estimated_bytes"] > 0
+        assert header["teacher"]["loss"] > 0 and header["teacher"]["answer_entropy"] > 0
+        # Three quarters of 4 layers, an eighth of 32 heads.
+        assert sum(map(len, header["selection"].values())) == 4
+        assert (header["row_top_k"], header["logit_top_k"]) == (64, 64)
+        # A cue, seven words, "=", beginning, answer and end.
+        assert header["queries_per_sample"] == len(load_file(folder / "memory.safetensors")["input_ids"]) // 4
+
+
+def test_the_importance_file_has_each_tasks_scores_and_heads(finished: Path) -> None:
+    tensors = load_file(finished / "importance.safetensors")
+    folders = [f"{number:02d}-{name}" for number, name in enumerate(TASKS, start=1)]
+    assert set(tensors) == {"forgettability", "sensitivity", "importance"} | {
+        f"{kind}.{folder}" for kind in ("forgettability", "sensitivity", "selected") for folder in folders
+    }
+    assert all(tensor.shape == (4, 8) for tensor in tensors.values())
+    for kind in ("forgettability", "sensitivity"):
+        total = sum(tensors[f"{kind}.{folder}"].double() for folder in folders)
+        torch.testing.assert_close(tensors[kind].double(), total, atol=1e-6, rtol=1e-5)
+    for folder in folders:
+        assert tensors[f"selected.{folder}"].dtype == torch.bool
+        selection = read_json(finished / "tasks" / folder / "memory.json")["selection"]
+        found = {(int(layer), head) for layer, heads in selection.items() for head in heads}
+        assert {tuple(place) for place in tensors[f"selected.{folder}"].nonzero().tolist()} == found
+
+
+def test_the_metrics_have_the_loss_terms_apart_and_the_last_step_of_each_task(finished: Path) -> None:
+    lines = read_lines(finished / "metrics.jsonl")
+    assert [(line["task"], line["task_index"], line["step"]) for line in lines] == [
+        (name, index, step) for index, name in enumerate(TASKS) for step in (4, 6)
+    ]
+    for line in lines:
+        assert {"loss", "epoch", "learning_rate", "grad_norm"} < set(line)
+        assert [name in line for name in TERMS] == [line["task_index"] > 0] * 3
+        assert all(line[name] > 0 for name in TERMS if name in line)
+
+
+def test_a_matrix_entry_is_the_mean_score_of_its_predictions(finished: Path) -> None:
+    matrix = read_json(finished / "accuracy_matrix.json")
+    assert matrix["tasks"] == TASKS
+    for after, after_name in enumerate(TASKS):
+        for on, on_name in enumerate(TASKS):
+            entry = matrix["scores"][on][after]
+            if on > after:
+                assert entry is None
+                continue
+            path = finished / "predictions" / f"{after + 1:02d}-{after_name}" / f"{on + 1:02d}-{on_name}.jsonl"
+            lines = read_lines(path)
+            assert len(lines) == 8 and set(lines[0]) == {"prompt", "answer", "prediction", "score"}
+            assert [line["score"] for line in lines] == [float(line["prediction"] == line["answer"]) for line in lines]
+            assert entry == pytest.approx(sum(line["score"] for line in lines) / 8)
+    scores = matrix["scores"]
+    assert matrix["op"] == pytest.approx(sum(scores[i][2] for i in range(3)) / 3)
+    assert matrix["bwt"] == pytest.approx(sum(scores[i][2] - scores[i][i] for i in range(2)) / 2)
+    assert set(matrix["formulas"]) >= {"op", "bwt"}
+    with (finished / "accuracy_matrix.csv").open(encoding="utf-8", newline="") as file:
+        assert len(list(csv.reader(file))) >= 4
+
+
+def test_the_console_tells_each_tasks_steps_terms_and_scores(tmp_path: Path, no_report: None) -> None:
+    console = quiet()
+    run_recipe(small_recipe(tmp_path / "run", n_tasks=2), console=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "trained 1/2 first: 6 steps, new " in text
+    assert "kept 4 samples" in text and "nats a token" in text
+    second = next(line for line in text.splitlines() if line.startswith("trained 2/2 last: 6 steps"))
+    assert all(f"{label} " in second for label in ("new", "replay", "logits", "attention"))
+    assert "  after last: first " in text
+    assert "OP = 1/K" in text and "BWT = 1/(K-1)" in text
+
+
+# Killed and resumed -----------------------------------------------------------------------------------------------
+
+
+def assert_same_result(one: Path, other: Path) -> None:
+    """Bitwise: adapters, importance, memories and matrix; and the same metrics."""
+    files = [path.relative_to(one) for path in sorted(one.rglob("*.safetensors"))]
+    assert len(files) == 8
+    assert files == [path.relative_to(other) for path in sorted(other.rglob("*.safetensors"))]
+    for file in files:
+        ours, theirs = load_file(one / file), load_file(other / file)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [], file
+    for file in ("accuracy_matrix.json", "state.json", "method.json", "tasks.json"):
+        assert read_json(one / file) == read_json(other / file), file
+    assert read_lines(one / "metrics.jsonl") == read_lines(other / "metrics.jsonl")
+    for path in one.glob("predictions/*/*.jsonl"):
+        assert path.read_bytes() == (other / path.relative_to(one)).read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package catches it."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, condition: Callable[..., bool]) -> None:
+    original = getattr(target, name)
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if condition(*args, **kwargs):
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, stopping)
+
+
+def _in_step_5_of_task_3(trainer: Any, *args: Any, **kwargs: Any) -> bool:
+    return trainer.method.current_task == "third" and trainer.state.global_step == 5
+
+
+def _before_evaluating_task_2(model: Any, tokenizer: Any, task: Any, **kwargs: Any) -> bool:
+    return task.name == "last"
+
+
+def _before_task_3_counts_as_finished(self: Any, names: list[str], finished: int) -> bool:
+    return finished == 3
+
+
+def _after_task_2_is_on_disk(self: Any, directory: Path) -> bool:
+    return len(self.task_names) == 2
+
+
+STOPS = {
+    "in the middle of training task 3": (ContinualTrainer, "training_step", _in_step_5_of_task_3),
+    "between training and evaluating task 2": (run_module, "evaluate_task", _before_evaluating_task_2),
+    "after the last evaluation": (run_module._Run, "_write_state", _before_task_3_counts_as_finished),
+    "before a trained task is listed": (Seekr, "_write_state", _after_task_2_is_on_disk),
+}
+
+
+@pytest.mark.parametrize("moment", list(STOPS))
+def test_a_run_that_was_stopped_and_resumed_ends_bitwise_like_one_that_was_not(
+    moment: str, tmp_path: Path, finished: Path, no_report: None
+) -> None:
+    target, name, condition = STOPS[moment]
+    recipe = small_recipe(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(patched, target, name, condition)
+        with pytest.raises(Killed):
+            run(recipe)
+    assert read_json(tmp_path / "run" / "state.json")["status"] == "running"
+    result = run(recipe, resume=True)
+    assert_same_result(result.directory, finished)
+
+
+SLOW_RUN = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from small_run import small_recipe
+from seekr_peft.trainer import ContinualTrainer
+original = ContinualTrainer.training_step
+def step(self, *args, **kwargs):
+    if self.method.current_task == "third" and self.state.global_step == 3:
+        print("now", flush=True)
+        time.sleep(300)
+    return original(self, *args, **kwargs)
+ContinualTrainer.training_step = step
+from seekr_peft import run_recipe
+run_recipe(small_recipe(Path({directory!r})))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_task_3_is_locked_until_then_and_resumes_bitwise(
+    tmp_path: Path, finished: Path, no_report: None
+) -> None:
+    directory = tmp_path / "run"
+    script = SLOW_RUN.format(tests=str(Path(__file__).parent), directory=str(directory))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "now\n"
+            with pytest.raises(RunError, match="is in use by another process"):
+                run(small_recipe(directory), resume=True)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert read_json(directory / "state.json")["finished_tasks"] == 2
+    with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"task": "third", "task_ind')
+    assert_same_result(run(small_recipe(directory), resume=True).directory, finished)
+
+
+def test_a_finished_run_that_is_resumed_only_reports(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(recipe: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(run_module, "load_model", refuse)
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    (finished / "report.html").unlink()
+    result = run(small_recipe(finished), resume=True)
+    assert result.report.is_file()
+    assert result.matrix.op() == read_json(finished / "accuracy_matrix.json")["op"]
+    changed = {path.name for path in before if path.read_bytes() != before[path]}
+    assert {name for name in changed if not name.endswith((".png", ".html"))} == set()
+
+
+def test_the_seconds_of_a_resumed_run_add_up(tmp_path: Path, no_report: None) -> None:
+    recipe = small_recipe(tmp_path / "run", n_tasks=2, method={"name": "sequential"})
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(patched, run_module, "evaluate_task", _before_evaluating_task_2)
+        with pytest.raises(Killed):
+            run(recipe)
+    path = tmp_path / "run" / "environment.json"
+    first = read_json(path)
+    assert first["seconds"] > 0
+    path.write_text(path.read_text().replace(f'"seconds": {first["seconds"]}', '"seconds": 5000.0'))
+    run(recipe, resume=True)
+    assert read_json(path)["seconds"] > 5000
+
+
+# What is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_without_resume_is_refused(finished: Path) -> None:
+    with pytest.raises(RunError, match="already holds a run; go on with --resume"):
+        run(small_recipe(finished))
+
+
+def test_resuming_with_another_recipe_names_the_key_and_both_values(finished: Path) -> None:
+    with pytest.raises(RunError, match=r"another recipe \(training\.learning_rate was 0\.002, now 0\.001\)"):
+        run_recipe(small_recipe(finished), ["training.learning_rate=1e-3"], resume=True, console=quiet())
+    with pytest.raises(RunError, match=r"another recipe \(method\.query_budget was None, now 9\)"):
+        run_recipe(small_recipe(finished), ["method.query_budget=9"], resume=True, console=quiet())
+
+
+def test_a_moved_run_resumes_under_its_new_path(tmp_path: Path, finished: Path, no_report: None) -> None:
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    assert run(small_recipe(moved), resume=True).matrix.op() == read_json(finished / "accuracy_matrix.json")["op"]
+
+
+def test_resuming_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run to resume"):
+        run(small_recipe(tmp_path), resume=True)
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(RunError, match="is a file; choose another folder"):
+        run(small_recipe(path))
+    with pytest.raises(RunError, match="cannot be made"):
+        run(small_recipe(path / "run"))
+    assert path.read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match=r"is not empty and holds no run \(thesis\.tex is there\)"):
+        run(small_recipe(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1] + "/.lock"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Path]:
+    """A directory that another process has locked."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield tmp_path
+        process.communicate("")
+
+
+def test_a_directory_that_another_process_uses_is_refused(held: Path) -> None:
+    with pytest.raises(RunError, match="is in use by another process"):
+        run(small_recipe(held))
+    assert [path.name for path in held.iterdir()] == [".lock"]
+
+
+def test_a_broken_state_file_is_named(tmp_path: Path, finished: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "state.json").write_text("{")
+    with pytest.raises(RunError, match=r"state\.json is broken"):
+        run(small_recipe(tmp_path / "run"), resume=True)
+
+
+def test_lora_settings_that_do_not_fit_the_model_are_one_sentence(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "run", adapter={"target_modules": ["no_such_module"]})
+    with pytest.raises(ConfigError, match=r"adapter: .*no_such_module") as caught:
+        run(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_epochs_that_do_not_match_the_tasks_found_on_disk_are_refused(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks" / "only"
+    tasks.mkdir(parents=True)
+    for split in ("train", "test"):
+        (tasks / f"{split}.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    section = {"format": "jsonl", "path": str(tmp_path / "tasks"), "epochs": [1, 2]}
+    with pytest.raises(ConfigError, match=r"tasks\.epochs has 2 numbers for 1 task"):
+        run(small_recipe(tmp_path / "run", tasks=section))
+
+
+# Variants ---------------------------------------------------------------------------------------------------------
+
+
+def test_epochs_checkpointing_and_nf4_train_one_task(tmp_path: Path, no_report: None) -> None:
+    recipe = small_recipe(
+        tmp_path / "run",
+        n_tasks=1,
+        model={"name_or_path": "demo", "quantization": "nf4"},
+        training={"gradient_checkpointing": True, "per_device_train_batch_size": 8},
+    )
+    recipe["tasks"]["epochs"] = [0.4]
+    result = run(recipe)
+    assert [line["step"] for line in read_lines(result.directory / "metrics.jsonl")] == [2]
+    assert result.matrix.bwt() == 0
+
+
+ALONE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "seekr_peft":
+            raise ImportError("blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+base, out, *runs = sys.argv[1:]
+logits = {}
+for run in runs:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, run + "/adapter").eval()
+    with torch.no_grad():
+        logits[run] = model(input_ids=torch.arange(4, 40).reshape(3, 12)).logits.contiguous()
+assert "seekr_peft" not in sys.modules
+save_file(logits, out)
+"""
+
+
+@pytest.mark.slow
+def test_the_final_adapter_needs_nothing_of_this_package(
+    tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[Any] = []
+    original = run_module.load_model
+    monkeypatch.setattr(run_module, "load_model", lambda recipe: _remembered(original(recipe), models))
+    expected: dict[str, torch.Tensor] = {}
+    for method in ("seekr", "sequential"):
+        for mode in ("stack", "continue"):
+            recipe = small_recipe(tmp_path / f"{method}-{mode}", n_tasks=2)
+            recipe["method"] = {**recipe["method"], "name": method}
+            recipe["adapter"] = {"r": 4, "lora_alpha": 8, "mode": mode}
+            directory = run(recipe).directory
+            model = models.pop().eval()
+            with torch.no_grad():
+                expected[str(directory)] = model(input_ids=torch.arange(4, 40).reshape(3, 12)).logits
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ALONE), str(BASE_PATH), str(tmp_path / "logits"), *expected],
+        check=True,
+        timeout=200,
+        capture_output=True,
+    )
+    found = load_file(tmp_path / "logits")
+    assert found.keys() == expected.keys() and len(found) == 4
+    for name, logits in expected.items():
+        torch.testing.assert_close(found[name], logits, atol=1e-5, rtol=1e-5)
+    all_logits = list(found.values())
+    assert all(float((all_logits[0] - other).abs().max()) > 0.01 for other in all_logits[1:])
+
+
+def _remembered(loaded: tuple[Any, Any], into: list[Any]) -> tuple[Any, Any]:
+    into.append(loaded[0])
+    return loaded
