@@ -282,7 +282,7 @@ def _model_problems(mapping: dict[str, Any]) -> list[str]:
 
 
 def _task_problems(mapping: dict[str, Any]) -> list[str]:
-    from .tasks import FORMATS, find_task_problems
+    from .tasks import FORMATS, MIXED, find_task_problems
 
     tasks = mapping["tasks"]
     order, epochs = tasks.get("order"), tasks.get("epochs")
@@ -297,7 +297,7 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
         problems += [f"tasks.order: {unknown_key(name, list(TASK_NAMES))}" for name in unknown]
         twice = {name for name in order if order.count(name) > 1}
         problems += [f"tasks.order names {name!r} more than once." for name in sorted(twice)]
-    elif tasks["format"] in FORMATS and not tasks.get("path"):
+    elif tasks["format"] in (*FORMATS, MIXED) and not tasks.get("path"):
         problems.append(f"tasks.path is missing; format {tasks['format']!r} needs the folder of the tasks.")
     else:
         path = str(tasks.get("path") or "")

@@ -29,7 +29,7 @@ from rich.logging import RichHandler
 from transformers import TrainingArguments, set_seed
 
 from .errors import ConfigError, RunError
-from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task
+from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .methods import METHODS, ContinualMethod
 from .methods.base import STATE_FILE as METHOD_STATE_FILE
 from .methods.base import read_method_state, write_json
@@ -40,6 +40,7 @@ from .report import write_report
 from .tasks import Task, read_tasks
 from .trainer import ContinualTrainer
 
+TASKS_FILE = "tasks.json"
 RECIPE_FILE, STATE_FILE, METRICS_FILE, ENVIRONMENT_FILE = (
     "recipe.yaml",
     "state.json",
@@ -233,11 +234,11 @@ class _Run:
                 "metric": task.metric,
                 "n_train": len(task.train),
                 "n_test": len(task.test),
-                "majority_class": majority_class(task),
+                "majority_class": constant_answer_score(task),
             }
             for task in tasks
         ]
-        write_json(self.directory / "tasks.json", facts)
+        write_json(self.directory / TASKS_FILE, facts)
 
     def _write_state(self, names: list[str], finished: int) -> None:
         write_json(
@@ -252,6 +253,9 @@ class _Run:
 
     def _summary(self, matrix: AccuracyMatrix, report: Path) -> None:
         self.progress.console.print(matrix.to_rich_table())
+        facts = json.loads((self.directory / TASKS_FILE).read_text(encoding="utf-8"))
+        constant = "  ".join(f"{fact['name']} {100 * fact['majority_class']:.1f}" for fact in facts)
+        self.progress.say(f"always the most frequent answer: {constant}")
         self.progress.say(f"OP {100 * matrix.op():.2f}   {FORMULAS['op']}")
         self.progress.say(f"BWT {100 * matrix.bwt():+.2f}   {FORMULAS['bwt']}")
         self.progress.say(f"adapter: {self.directory / 'adapter'}   report: {report}")
@@ -272,10 +276,11 @@ def load_tasks(recipe: Recipe) -> list[Task]:
     )
 
 
-def majority_class(task: Task) -> float:
-    """Share of the most frequent answer in the test set: what a constant answer would score under exact match."""
-    counts = Counter(answer.strip().casefold() for answer in task.test["answer"])
-    return counts.most_common(1)[0][1] / len(task.test)
+def constant_answer_score(task: Task) -> float:
+    """What always giving the most frequent test answer would score under the task's own metric: the majority class."""
+    answers = list(task.test["answer"])
+    most_frequent = Counter(answers).most_common(1)[0][0]
+    return score_predictions(task.metric, [most_frequent] * len(answers), answers)[0]
 
 
 def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:

@@ -184,7 +184,7 @@ def test_teachers_come_back_exactly_in_float32_when_k_covers_everything(tmp_path
 
 
 def test_float16_with_few_entries_keeps_a_thousandth_and_a_mass_of_one(tmp_path: Path) -> None:
-    memory, samples, signals = write(tmp_path, dtype="float16", row_top_k=4, logit_top_k=6)
+    memory, _, signals = write(tmp_path, dtype="float16", row_top_k=4, logit_top_k=6)
     remaining = 0.0
     for i, signal in enumerate(signals):
         back = memory.signals(i)

@@ -97,7 +97,7 @@ def test_two_tasks_from_end_to_end(tmp_path: Path) -> None:
         "memory.json",
         "memory.safetensors",
     ]
-    assert not [path for path in tmp_path.rglob(".*")], "nothing half-written stays"
+    assert not list(tmp_path.rglob(".*")), "nothing half-written stays"
     assert json.loads((tmp_path / "method.json").read_text())["tasks"] == ["first", "second"]
 
 

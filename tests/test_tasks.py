@@ -377,7 +377,7 @@ def test_good_tasks_have_no_problems(tmp_path):
 
 def test_an_unknown_format_gets_a_suggestion(tmp_path):
     (problem,) = find_task_problems("Trace", tmp_path)
-    assert problem.endswith("jsonl, trace, superni, long_sequence (did you mean 'trace'?).")
+    assert problem.endswith("jsonl, trace, superni, long_sequence, mixed (did you mean 'trace'?).")
 
 
 def test_a_path_that_is_not_there_names_the_nearest_folder(tmp_path):
@@ -462,3 +462,23 @@ def test_all_long_sequence_tasks_are_read():
     assert len(tasks) == 10
     assert len(tasks["mnli"].test) == 299  # one of 300 is labelled '-'
     assert tasks["qqp"].choices == ("no", "yes")
+
+
+def test_mixed_takes_tasks_of_several_formats_in_the_given_order(tmp_path):
+    long_sequence(tmp_path / "long_sequence" / "news", ["good", "bad"], ("fine", "good"))
+    for split in ("train", "test"):
+        write_json(tmp_path / "superni" / "t" / f"{split}.json", superni(("x", "three")))
+    tasks = read_tasks("mixed", tmp_path, ["superni/t", "long_sequence/news"])
+    assert [(task.name, task.metric, task.choices) for task in tasks] == [
+        ("t", "rougeL", None),
+        ("news", "accuracy", ("good", "bad")),
+    ]
+
+
+def test_mixed_names_every_entry_that_is_wrong(tmp_path):
+    long_sequence(tmp_path / "long_sequence" / "news", ["good"], ("fine", "good"))
+    problems = find_task_problems("mixed", tmp_path, ["news", "trace/FOMC", "long_sequence/news", "long_sequence/news"])
+    assert "'news' must be named FORMAT/NAME" in problems[0]
+    assert "trace" in problems[1]
+    assert "'news' comes 2 times" in problems[-1]
+    assert "needs an order" in find_task_problems("mixed", tmp_path)[0]

@@ -4,7 +4,7 @@ Importing it loads neither datasets nor torch nor transformers.
 """
 
 from seekr_peft.tasks.formats import FORMATS
-from seekr_peft.tasks.readers import find_task_problems, read_tasks
+from seekr_peft.tasks.readers import MIXED, find_task_problems, read_tasks
 from seekr_peft.tasks.task import METRICS, Task
 from seekr_peft.tasks.tokenize import (
     AnswerCollator,
@@ -17,6 +17,7 @@ from seekr_peft.tasks.tokenize import (
 __all__ = [
     "FORMATS",
     "METRICS",
+    "MIXED",
     "AnswerCollator",
     "Encoded",
     "Task",

@@ -28,6 +28,9 @@ TRACE_ORDER = (
 )
 """The benchmark's own order of its tasks, used when none is asked for."""
 
+MIXED = "mixed"
+"""Format of a folder with one subfolder per format; tasks are then named FORMAT/NAME in the order."""
+
 _SPLITS = ("train", "test")
 
 
@@ -47,6 +50,7 @@ def read_tasks(
     | trace | NAME/{train,test}.json, lists of {prompt, answer} | see below |
     | superni | NAME/{train,test}.json with Definition and Instances | rougeL |
     | long_sequence | as superni, and labels.json, the possible answers | accuracy |
+    | mixed | FORMAT/NAME/..., each FORMAT one of the above; needs an order of FORMAT/NAME | FORMAT's own |
 
     TRACE is scored by the option letter (C-STANCE, FOMC, ScienceQA), accuracy (both NumGLUE) and
     ROUGE-L (MeetingBank, Py150, 20Minuten). The benchmark itself scores Py150 by edit similarity
@@ -74,15 +78,22 @@ def read_tasks(
             raise DataError(f"{limit} is {value}; it must be 1 or more, or None for all samples.")
     limits = {"train": max_train, "test": max_test}
     path = Path(path)
+    if format == MIXED:
+        parts = [name.split("/", 1) for name in order or ()]
+        return [_read_task(own, path / own, name, limits, seed) for own, name in parts]
     names = _default_order(format, _task_names(format, path)) if order is None else order
     return [_read_task(format, path, name, limits, seed) for name in names]
 
 
 def find_task_problems(format: str, path: str | Path, order: Sequence[str] | None = None) -> list[str]:
     """What is wrong with the tasks, one sentence each, as far as file names tell; [] = nothing."""
+    if format == MIXED:
+        return _mixed_problems(Path(path), order)
     if format not in FORMATS:
+        known_formats = (*FORMATS, MIXED)
         return [
-            f"The task format {format!r} is unknown; choose one of {', '.join(FORMATS)}{suggestion(format, FORMATS)}."
+            f"The task format {format!r} is unknown; choose one of {', '.join(known_formats)}"
+            f"{suggestion(format, known_formats)}."
         ]
     path = Path(path)
     if not path.is_dir():
@@ -106,6 +117,21 @@ def find_task_problems(format: str, path: str | Path, order: Sequence[str] | Non
         else:
             problems += _file_problems(format, path, name)
     return problems
+
+
+def _mixed_problems(path: Path, order: Sequence[str] | None) -> list[str]:
+    if not order:
+        return [f"The task format '{MIXED}' needs an order of FORMAT/NAME entries, such as long_sequence/agnews."]
+    problems = []
+    for entry in order:
+        own, _, name = entry.partition("/")
+        if own not in FORMATS or not name:
+            problems.append(f"The task '{entry}' must be named FORMAT/NAME with a FORMAT of {', '.join(FORMATS)}.")
+        else:
+            problems += find_task_problems(own, path / own, [name])
+    names = [entry.partition("/")[2] for entry in order]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return problems + [f"The task name '{name}' comes {names.count(name)} times in the order." for name in twice]
 
 
 def _path_problem(path: Path) -> str:
