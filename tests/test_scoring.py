@@ -199,6 +199,8 @@ def test_rows_of_a_sample_are_the_eager_ones() -> None:
 @torch.no_grad()
 def test_the_teachers_loss_is_the_models_own_over_all_answer_tokens() -> None:
     stack, samples = make_stack(), make_samples(4)
+    samples[0].labels[-2:] = -100
+    assert {len(signal_targets(sample)) for sample in samples} == {1, 3}, "a mean over samples would be another number"
     total, count = 0.0, 0
     for sample in samples:
         n_answer = int((sample.labels[1:] != -100).sum())
