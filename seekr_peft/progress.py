@@ -90,8 +90,10 @@ class StepReporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        self.last = {name: float(logs[name]) for name in _LOGGED if name in logs}
-        record = {"task": self._task, "task_index": self._task_index, "step": state.global_step, **self.last}
+        values = {name: float(logs[name]) for name in _LOGGED if name in logs}
+        # A log without a replay step in it keeps the terms of the one before.
+        self.last = {**self.last, **values}
+        record = {"task": self._task, "task_index": self._task_index, "step": state.global_step, **values}
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._bar is not None:
