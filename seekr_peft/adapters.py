@@ -1,8 +1,8 @@
 """``AdapterStack``: one LoRA per task over the frozen sum of the earlier ones. The only file that changes PEFT state.
 
-May import ``errors``. Verified with PEFT 0.21.2. Deliberately not used, because each was measured to go wrong:
-merging into 4-bit weights (the update is rounded away), ``disable_adapter()`` as a switch (it un-freezes every active
-adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter trainable).
+May import ``errors`` and ``quantized``. Verified with PEFT 0.21.2. Deliberately not used, each measured to go
+wrong: merging into 4-bit weights (the update is rounded away), ``disable_adapter()`` as a switch (it un-freezes every
+active adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter trainable).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .errors import AdapterError
+from .quantized import keep_differentiable
 
 Mode = Literal["stack", "continue"]
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
@@ -75,6 +76,7 @@ class AdapterStack:
         self.current: str | None = None
         self.earlier: str | None = None
         self.last_consolidation: Consolidation | None = None
+        keep_differentiable(model)
         self._template = _checked_template(model)
         # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
         self._unused: list[str] = []

@@ -104,8 +104,12 @@ def export(
 
 
 def _quiet() -> None:
-    """Our own bars replace those of transformers; its warnings stay, but for one that PEFT causes and none can heed."""
+    """Our own bars replace those of transformers; its warnings stay, but for two that nobody can or need heed."""
+    import logging
     import warnings
+
+    # bitsandbytes, at import, about a CPU kernel that training does not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     import transformers
 

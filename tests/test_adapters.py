@@ -11,11 +11,12 @@ import pytest
 import torch
 from core_models import fresh_peft, logits_of, make_dataset, randomise, trained_stack
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import N_LAYERS, nf4_llama, tiny_llama, with_lora
+from tiny_models import N_LAYERS, nf4_llama, padded_batch, tiny_llama, with_lora
 from torch import Tensor, nn
 
 from seekr_peft.adapters import AdapterStack, _truncate
 from seekr_peft.errors import AdapterError
+from seekr_peft.quantized import keep_differentiable
 
 MODES = ["stack", "continue"]
 
@@ -372,11 +373,17 @@ def nf4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("nf4")
 
 
-def nf4_peft(folder: Path, **lora: Any) -> Any:
+def bitsandbytes_repacks() -> bool:
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
+
+
+def nf4_peft(folder: Path, double_quant: bool = True, **lora: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
-        return get_peft_model(nf4_llama(folder), LoraConfig(**options))
+        return get_peft_model(nf4_llama(folder, double_quant=double_quant), LoraConfig(**options))
 
 
 @torch.no_grad()
@@ -424,7 +431,60 @@ def test_the_stack_works_on_an_nf4_base_without_touching_it(nf4_folder: Path, tm
     assert all(torch.equal(dict(stack.model.named_parameters())[name], value) for name, value in packed.items())
     stack.export(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(nf4_llama(nf4_folder), tmp_path / "adapter")
+    keep_differentiable(loaded)  # otherwise CPUs with AVX512-BF16 round in eval mode: 2 % here
     assert relative(logits_of(loaded), logits_of(stack.model)) < 1e-6
+
+
+def gradients_after_a_generation(model: Any) -> dict[str, Tensor]:
+    """Gradients of the adapters in training mode, after one forward in eval mode as every evaluation does it."""
+    batch = padded_batch("right")
+    with torch.no_grad():
+        model.eval()(**batch)
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_generation_between_two_tasks_leaves_the_gradient_of_4_bit_layers_right(nf4_folder: Path) -> None:
+    """Against the gradient of a model that never was in eval mode; CPUs with AVX512-BF16 get it wrong by themselves."""
+    reference = nf4_peft(nf4_folder).train()
+    batch = padded_batch("right")
+    reference(**batch, labels=batch["input_ids"]).loss.backward()
+    expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    stack = AdapterStack(nf4_peft(nf4_folder), mode="continue")
+    stack.begin()
+    found = gradients_after_a_generation(stack.model)
+    assert len(found) == 2 * 7 * N_LAYERS
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.skipif(not bitsandbytes_repacks(), reason="bitsandbytes repacks only on CPUs with AVX512-BF16")
+def test_bitsandbytes_alone_loses_the_gradient_after_a_generation(nf4_folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # autograd's only sign of it
+        lost = gradients_after_a_generation(nf4_peft(nf4_folder))
+    assert (
+        any(float(gradient.abs().max()) == 0.0 for gradient in lost.values() if gradient is not None)
+        or len(lost) < 2 * 7 * N_LAYERS
+    ), "bitsandbytes keeps the gradient now: quantized.py is no longer needed"
+
+
+@pytest.mark.skipif(not bitsandbytes_repacks(), reason="bitsandbytes repacks only on CPUs with AVX512-BF16")
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_4_bit_layers_that_were_repacked_are_unpacked_to_train(
+    nf4_folder: Path, double_quant: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Against a model that never generated: all that remains is the scales' rounding to bfloat16."""
+    model, untouched = (nf4_peft(nf4_folder, double_quant=double_quant) for _ in range(2))
+    expected = logits_of(AdapterStack(untouched).model)
+    assert relative(logits_of(model), expected) > 1e-4, "the eval forward no longer repacks"
+    stack = AdapterStack(model)
+    assert f"{7 * N_LAYERS} 4-bit layers had been repacked" in caplog.text
+    assert relative(logits_of(stack.model), expected) < 0.02
+    stack.begin()
+    gradients = gradients_after_a_generation(stack.model)
+    assert len(gradients) == 2 * 7 * N_LAYERS
+    assert all(float(gradient.abs().max()) > 0 for name, gradient in gradients.items() if "lora_B" in name)
 
 
 def test_disable_adapter_unfreezes_the_earlier_adapter_and_the_optimizer_check_says_what_to_do() -> None:

@@ -23,6 +23,7 @@ LEVELS = [
     {"losses", "evaluation"},
     {"forward"},
     {"memory"},
+    {"quantized"},
     {"adapters"},
     {"scoring"},
     {"methods"},

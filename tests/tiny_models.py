@@ -128,8 +128,8 @@ def save_llama(path: Path, **changes: Any) -> Path:
     return path
 
 
-def nf4_llama(path: Path, attention: str = "sdpa", **changes: Any) -> nn.Module:
-    """The tiny Llama saved under ``path`` (written there if missing), in NF4 with double quantisation, on the CPU."""
+def nf4_llama(path: Path, attention: str = "sdpa", double_quant: bool = True, **changes: Any) -> nn.Module:
+    """The tiny Llama saved under ``path`` (written there if missing), in NF4, on the CPU."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if not (path / "config.json").exists():
@@ -137,7 +137,7 @@ def nf4_llama(path: Path, attention: str = "sdpa", **changes: Any) -> nn.Module:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.float32,
     )
     return AutoModelForCausalLM.from_pretrained(

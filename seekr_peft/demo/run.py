@@ -27,7 +27,8 @@ def demo_recipe() -> dict[str, Any]:
     return {
         "model": {"name_or_path": "demo", "quantization": "nf4"},
         "adapter": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "mode": "stack"},
-        "method": {"name": "seekr"},
+        # Rarer than the default (every 3 steps): where replay is cheap, plain replay no longer suffices.
+        "method": {"name": "seekr", "replay_every": 8},
         "training": {
             "learning_rate": 2.0e-3,
             "per_device_train_batch_size": 8,
@@ -56,7 +57,7 @@ def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> P
     for method in METHODS:
         console.rule(f"[bold]{method}", align="left")
         recipe = demo_recipe()
-        recipe["method"] = {"name": method}
+        recipe["method"] = {**recipe["method"], "name": method}
         recipe["output_dir"] = str(directory / method)
         results[method] = run_recipe(recipe, console=console)
     _check_same_steps(results)
