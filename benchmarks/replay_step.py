@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import PeakMemory
-from seekr_peft import AttentionTap, HeadSelection
+from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention.rows import kl_of_rows
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import combine, label_loss, logits_kl
@@ -149,7 +149,8 @@ def measure(length: int, repeats: int, device: str) -> Row:
 
 def _taught_batch(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> tuple[ReplayBatch, int, int]:
     """The replay batch as read back from disk, its bytes there, and the bytes of dense float32 rows and logits."""
-    signals, _, _ = teach(model, [sample], heads, row_top_k=64, logit_top_k=64)
+    config = SeekrConfig()
+    signals, _, _ = teach(model, [sample], heads, config.row_top_k, config.logit_top_k, config.kept_mass)
     with TemporaryDirectory() as directory:
         memory = TaskMemory.write(Path(directory), "benchmark", [sample], signals, heads)
         batch = collate([memory.sample(0)], [heads], [memory.signals(0)])
@@ -208,7 +209,7 @@ def main() -> None:
     rows = [measure(length, options.repeats, options.device) for length in options.lengths]
     Console(width=130).print(table(rows, machine))
     Console(width=130).print(
-        "12.5 % of the heads in 75 % of the layers, 100 queries; stored: rows and logits with 64 entries each, float16."
+        "12.5 % of the heads in 75 % of the layers, 100 queries; stored as by default, dense is float32."
     )
     if options.out:
         document = {"machine": machine, "torch": torch.__version__, "rows": [vars(row) for row in rows]}

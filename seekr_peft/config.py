@@ -80,15 +80,18 @@ class SeekrConfig:
     replay_batch_size: int = 8
     """Replay samples in one replay batch."""
 
-    row_top_k: int = 64
-    """Entries stored per attention row; the rest of the row is stored as one remaining mass. Exact when it covers
-    every key."""
+    row_top_k: int = 32
+    """Entries stored per attention row, on average over a replay sample's rows: sharp rows leave theirs to broad ones.
+    The rest of a row is stored as one remaining mass. Exact when it covers every key."""
 
     logit_top_k: int = 64
-    """Entries stored per teacher distribution over the vocabulary, plus the remaining mass."""
+    """Entries stored per teacher distribution over the vocabulary at most, plus the remaining mass."""
 
-    storage_dtype: Literal["float16", "float32"] = "float16"
-    """Type of the stored probabilities."""
+    kept_mass: float = 0.995
+    """Share of a row's or distribution's mass beyond which no more entries are stored, in (0, 1]."""
+
+    storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
+    """Type of the stored probabilities; uint8 holds their logarithms, to 2.4 %."""
 
     sample_selection: SampleSelection = "random"
     """Which training samples become replay samples: "random" (seeded, as in the paper) or the "first" ones (as in the
@@ -198,6 +201,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "replay_batch_size": ("at least 1", _at_least_one),
     "row_top_k": ("at least 1", _at_least_one),
     "logit_top_k": ("at least 1", _at_least_one),
+    "kept_mass": ("in (0, 1]", lambda value: 0 < value <= 1),
     "teacher_loss_limit": ("above 0", lambda value: value > 0),
     "teacher_entropy_limit": ("above 0", lambda value: value > 0),
     "seed": ("at least 0", lambda value: value >= 0),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapters import AdapterStack
 from .attention import AttentionTap, TeacherRows, head_shape
 from .attention.call import AttentionCall
+from .attention.rows import keep_largest
 from .attention.support import attention_modules, base_transformer
 from .config import Norm
 from .forward import answer_logits, evaluation_mode, model_device
@@ -23,6 +24,9 @@ from .losses import TeacherDistributions, answer_entropy, label_loss
 from .memory import ReplaySample, TeacherSignals
 
 Progress = Callable[[], None]
+
+_BROADEST = 4
+"""One row's entries at most, as a multiple of the average: a replay batch pads all rows of a layer to its broadest."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,17 @@ def teach(
     heads: HeadSelection,
     row_top_k: int,
     logit_top_k: int,
+    kept_mass: float = 1.0,
     progress: Progress | None = None,
 ) -> tuple[list[TeacherSignals], float, float]:
     """Record the present model as the teacher of ``samples``.
 
     Args:
         heads: Whose rows to keep; empty for none.
-        logit_top_k: Entries kept of each answer distribution; 0 keeps no logits.
+        row_top_k: Entries kept per row, on average over a sample's rows; one row has at most ``_BROADEST`` times as
+            many.
+        logit_top_k: Entries kept of each answer distribution at most; 0 keeps no logits.
+        kept_mass: Share of a row's or distribution's mass beyond which no more entries are kept.
 
     Returns:
         The signals on the CPU, the mean loss and the mean answer entropy, both in nats per answer token.
@@ -101,8 +109,11 @@ def teach(
         for sample in samples:
             with AttentionTap(model, heads, queries=sample.queries[None]) as tap:
                 logits, targets = _logits_of(model, sample)
-                rows = {layer: _on_cpu(TeacherRows.from_dense(rows[0], row_top_k)) for layer, rows in tap.rows.items()}
-            distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k) if logit_top_k else None
+                rows = _sparse({layer: rows[0] for layer, rows in tap.rows.items()}, row_top_k, kept_mass)
+            distributions = None
+            if logit_top_k:
+                mass = kept_mass if logit_top_k < logits.shape[-1] else 1.0
+                distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k, mass)
             signals.append(TeacherSignals(rows, distributions))
             losses.append(label_loss(logits, targets).cpu() * len(targets))
             entropies.append(answer_entropy(logits).sum().cpu())
@@ -159,6 +170,16 @@ def _logits_of(model: nn.Module, sample: ReplaySample) -> tuple[Tensor, Tensor]:
 def _norm(squares: Tensor, entries: int, norm: Norm) -> Tensor:
     squares = squares.double().cpu()
     return squares.sqrt() if norm == "frobenius" else squares / entries
+
+
+def _sparse(layers: dict[int, Tensor], row_top_k: int, kept_mass: float) -> dict[int, TeacherRows]:
+    """One sample's rows (heads, n_queries, T) by layer, on the CPU; exact when ``row_top_k`` covers every key."""
+    if all(row_top_k >= rows.shape[-1] for rows in layers.values()):
+        return {layer: _on_cpu(TeacherRows.from_dense(rows)) for layer, rows in layers.items()}
+    kept = {
+        layer: _on_cpu(TeacherRows.from_dense(rows, _BROADEST * row_top_k, kept_mass)) for layer, rows in layers.items()
+    }
+    return keep_largest(kept, row_top_k)
 
 
 def _on_cpu(rows: TeacherRows) -> TeacherRows:

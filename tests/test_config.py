@@ -39,7 +39,7 @@ def test_a_config_survives_json_both_ways(tmp_path: Path) -> None:
     config.save(tmp_path / "config.json")
     assert SeekrConfig.load(tmp_path / "config.json") == config
     assert SeekrConfig.from_mapping(json.loads(json.dumps(config.to_dict()))) == config
-    assert len(config.to_dict()) == len(dataclasses.fields(SeekrConfig)) == 23
+    assert len(config.to_dict()) == len(dataclasses.fields(SeekrConfig)) == 24
 
 
 def test_the_paper_is_the_default_where_the_readme_does_not_say_otherwise() -> None:
@@ -136,7 +136,7 @@ def test_each_bound_itself_is_accepted(name: str, value: Any) -> None:
         ("replay_ratio", None, "a number"),
         ("logits_distillation", 1, "true or false"),
         ("head_choice", "best", "one of importance, sensitivity, forgettability, random, all"),
-        ("storage_dtype", ["float16"], "one of float16, float32"),
+        ("storage_dtype", ["float16"], "one of uint8, float16, float32"),
     ],
 )
 def test_a_value_of_another_type_is_refused_and_a_bool_is_no_number(name: str, value: Any, kind: str) -> None:

@@ -91,13 +91,13 @@ def test_a_memory_names_its_samples_teacher_and_heads(finished: Path) -> None:
     for number, name in enumerate(TASKS, start=1):
         folder = finished / "tasks" / f"{number:02d}-{name}"
         header = read_json(folder / "memory.json")
-        assert (header["format"], header["task"], header["n_samples"]) == (1, name, 4)
+        assert (header["format"], header["task"], header["n_samples"]) == (2, name, 4)
         assert header["bytes"] == (folder / "memory.safetensors").stat().st_size
-        assert header["estimated_bytes"] > 0
+        assert header["bytes"] <= header["estimated_bytes"] < 1.5 * header["bytes"]
         assert header["teacher"]["loss"] > 0 and header["teacher"]["answer_entropy"] > 0
         # Three quarters of 4 layers, an eighth of 32 heads.
         assert sum(map(len, header["selection"].values())) == 4
-        assert (header["row_top_k"], header["logit_top_k"]) == (64, 64)
+        assert (header["row_top_k"], header["logit_top_k"], header["kept_mass"]) == (32, 64, 0.995)
         # A cue, seven words, "=", beginning, answer and end.
         assert header["queries_per_sample"] == len(load_file(folder / "memory.safetensors")["input_ids"]) // 4
 

@@ -52,22 +52,47 @@ class TeacherRows:
     remaining: Tensor
 
     @classmethod
-    def from_dense(cls, rows: Tensor, top_k: int | None = None) -> TeacherRows:
-        """Keep the ``top_k`` largest entries of ``rows`` (..., n_keys); exact when ``top_k`` covers every key."""
+    def from_dense(cls, rows: Tensor, top_k: int | None = None, kept_mass: float = 1.0) -> TeacherRows:
+        """Keep the ``top_k`` largest entries of ``rows`` (..., n_keys), or as few as hold a share ``kept_mass`` of the
+        row; exact when ``top_k`` covers every key and ``kept_mass`` is 1."""
         n_keys = rows.shape[-1]
-        if top_k is None or top_k >= n_keys:
+        if kept_mass >= 1 and (top_k is None or top_k >= n_keys):
             indices = torch.arange(n_keys, device=rows.device).expand(rows.shape)
             return cls(indices, rows, torch.zeros_like(rows[..., 0]))
-        probabilities, indices = rows.topk(top_k, dim=-1)
+        probabilities, indices = rows.topk(min(top_k or n_keys, n_keys), dim=-1)
         # Summed directly: the difference of two sums near 1 would leave rounding where nothing remains.
-        remaining = rows.scatter(-1, indices, 0).sum(dim=-1)
-        return cls(indices, probabilities, remaining)
+        kept = cls(indices, probabilities, rows.scatter(-1, indices, 0).sum(dim=-1))
+        if kept_mass >= 1:
+            return kept
+        return kept._without(probabilities.cumsum(dim=-1) - probabilities >= kept_mass)
+
+    def _without(self, dropped: Tensor) -> TeacherRows:
+        """The ``dropped`` entries join the remaining mass."""
+        moved = torch.where(dropped, self.probabilities, 0)
+        return replace(
+            self,
+            probabilities=torch.where(dropped, 0, self.probabilities),
+            remaining=self.remaining + moved.sum(dim=-1),
+        )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TeacherRows:
         """Move; the indices stay int64."""
         return TeacherRows(
             self.indices.to(device), self.probabilities.to(device, dtype), self.remaining.to(device, dtype)
         )
+
+
+def keep_largest(layers: dict[int, TeacherRows], per_row: int) -> dict[int, TeacherRows]:
+    """Keep, of all the rows of ``layers`` together, the largest ``per_row`` entries a row on average.
+
+    Sharp rows leave their share to broad ones: of all choices of so many entries this one keeps the most mass.
+    """
+    probabilities = torch.cat([rows.probabilities.flatten() for rows in layers.values()])
+    n_kept = per_row * sum(rows.remaining.numel() for rows in layers.values())
+    if int((probabilities > 0).sum()) <= n_kept:
+        return layers
+    limit = probabilities.kthvalue(probabilities.numel() - n_kept).values
+    return {layer: rows._without(rows.probabilities <= limit) for layer, rows in layers.items()}
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,17 +1,19 @@
 """One task's replay samples and teacher signals as safetensors + JSON, memory-mapped on reading.
 
-Format 1. All samples of a task are concatenated, with offsets (n_samples + 1,) int64 to cut them apart:
+Format 2. All samples of a task are concatenated, with offsets (n_samples + 1,) int64 to cut them apart:
 
-    input_ids, labels       int32 (tokens,)                     token_offsets
-    queries                 int32 (queries,)                    query_offsets
-    rows.L.indices          int16 | int32 (queries, heads, k)   heads = those selected in layer L
-    rows.L.probabilities    float16 | float32 (queries, heads, k)
-    rows.L.remaining        float16 | float32 (queries, heads)
-    logits.indices          int32 (answers, k)                  answer_offsets
-    logits.probabilities    float16 | float32 (answers, k)
-    logits.remaining        float16 | float32 (answers,)
+    input_ids, labels    int32 (tokens,)               token_offsets
+    queries              int32 (queries,)              query_offsets
+    rows.sizes           int16 | int32 (rows,)         rows of a sample: by layer, then selected head, then query
+    rows.remaining       float16 | float32 (rows,)
+    rows.gaps            uint8 (places,)               rows.gap_offsets      distances between a row's sorted keys
+    rows.values          (entries,)                    rows.value_offsets    8-bit log-probabilities, or floats
+    logits.sizes         int16 | int32 (answers,)      answer_offsets
+    logits.remaining     float16 | float32 (answers,)
+    logits.indices       int32 (entries,)              logits.value_offsets
+    logits.values        (entries,)
 
-May import ``samples``, ``heads``, ``attention``, ``losses`` and ``errors``.
+``codec`` says how a row is coded. May import ``samples``, ``codec``, ``heads``, ``attention``, ``losses``, ``errors``.
 """
 
 from __future__ import annotations
@@ -32,13 +34,16 @@ from ..attention.rows import TeacherRows
 from ..errors import MemoryFormatError
 from ..heads import HeadSelection
 from ..losses import TeacherDistributions, answer_positions
+from .codec import PackedRows, SparseRows, StorageDtype, mass_bytes, pack, unpack, value_bytes
 from .samples import ReplaySample
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS_FILE = "memory.safetensors"
 HEADER_FILE = "memory.json"
-_PARTS = ("indices", "probabilities", "remaining")
-_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_PARTS = {
+    "rows": ("sizes", "remaining", "gaps", "values", "gap_offsets", "value_offsets"),
+    "logits": ("sizes", "remaining", "indices", "values", "value_offsets"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,28 +75,33 @@ def estimate_bytes(
     row_top_k: int,
     logit_top_k: int,
     vocabulary: int,
-    storage_dtype: str = "float16",
-    n_layers: int = 0,
+    storage_dtype: StorageDtype = "uint8",
 ) -> int:
-    """Bytes that ``TaskMemory.write`` will need for these samples, before any teacher has run.
+    """Bytes that ``TaskMemory.write`` needs at most for these samples, before any teacher has run.
+
+    Rows of a causal model; less where a few entries hold nearly all the mass.
 
     Args:
         n_heads: Selected heads over all layers; 0 without attention rows.
+        row_top_k: Entries per row, on average over a sample's rows.
         logit_top_k: 0 without logits.
-        n_layers: Layers that hold selected heads; each has 3 tensors with a header entry of about 75 bytes.
     """
-    longest = max(len(sample.input_ids) for sample in samples)
-    tokens = sum(len(sample.input_ids) for sample in samples)
-    queries = sum(len(sample.queries) for sample in samples)
-    answers = sum(count_answers(sample) for sample in samples)
-    probability = _DTYPES[storage_dtype].itemsize
-    k_row, k_logit = min(row_top_k, longest), min(logit_top_k, vocabulary)
-    index = _index_dtype(longest).itemsize
-    rows = queries * n_heads * (k_row * (index + probability) + probability)
-    logits = answers * (k_logit * (4 + probability) + probability) if logit_top_k else 0
-    offsets = 3 * 8 * (len(samples) + 1)
-    header = 8 + 75 * (6 + (3 if logit_top_k else 0) + 3 * n_layers)
-    return tokens * 8 + queries * 4 + offsets + rows + logits + header
+    value, mass, size = value_bytes(storage_dtype), mass_bytes(storage_dtype), 2
+    total = 24 * (len(samples) + 1) + 8 + 75 * 6
+    for sample in samples:
+        visible = sample.queries + 1
+        n_rows = n_heads * len(visible)
+        n_entries = min(n_rows * row_top_k, n_heads * int(visible.sum()))
+        # Each entry has one place, and 255 keys passed over take one more.
+        gaps = n_entries + n_heads * int((visible // 256).sum())
+        answers = count_answers(sample) if logit_top_k else 0
+        total += len(sample.input_ids) * 8 + len(visible) * 4
+        total += n_rows * (size + mass) + n_entries * value + gaps
+        total += answers * (size + mass + min(logit_top_k, vocabulary) * (4 + value))
+    for present, entries, offsets in ((n_heads, 6, 2), (logit_top_k, 5, 1)):
+        if present:
+            total += 75 * entries + offsets * 8 * (len(samples) + 1)
+    return total
 
 
 class TaskMemory:
@@ -143,18 +153,16 @@ class TaskMemory:
 
     def signals(self, index: int) -> TeacherSignals:
         """What the teacher did on the ``index``-th sample; probabilities and remaining mass sum to 1, float32."""
-        queries = self._span("query_offsets", index)
-        rows = {layer: TeacherRows(*self._masses(f"rows.{layer}", queries)) for layer in self.selection}
-        rows = {
-            layer: TeacherRows(
-                row.indices.transpose(0, 1), row.probabilities.transpose(0, 1), row.remaining.transpose(0, 1)
-            )
-            for layer, row in rows.items()
-        }
+        rows: dict[int, TeacherRows] = {}
+        if self.selection:
+            queries = self._span("query_offsets", index)
+            n_queries, n_heads = queries.stop - queries.start, self.selection.n_heads
+            packed = self._packed("rows", slice(queries.start * n_heads, queries.stop * n_heads), index)
+            rows = _split_by_layer(unpack(packed, gap_coding=True), self.selection, n_queries)
         logits = None
-        if "logits.indices" in self._names:
-            span = self._span("answer_offsets", index)
-            logits = TeacherDistributions(*self._masses("logits", span))
+        if "logits.values" in self._names:
+            packed = self._packed("logits", self._span("answer_offsets", index), index)
+            logits = TeacherDistributions(**vars(unpack(packed, gap_coding=False)))
         return TeacherSignals(rows, logits)
 
     @classmethod
@@ -166,7 +174,7 @@ class TaskMemory:
         signals: Sequence[TeacherSignals] | None = None,
         selection: HeadSelection | None = None,
         quality: TeacherQuality | None = None,
-        storage_dtype: str = "float16",
+        storage_dtype: StorageDtype = "uint8",
         header: dict[str, Any] | None = None,
     ) -> TaskMemory:
         """Write ``memory.safetensors`` and ``memory.json`` into ``directory``; ``header`` adds further JSON fields."""
@@ -174,8 +182,7 @@ class TaskMemory:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = _pack_samples(samples)
         if signals is not None:
-            longest = max(len(sample.input_ids) for sample in samples)
-            tensors |= _pack_signals(signals, selection or HeadSelection({}), longest, _DTYPES[storage_dtype])
+            tensors |= _pack_signals(signals, selection or HeadSelection({}), storage_dtype)
         save_file(tensors, directory / WEIGHTS_FILE)
         teacher = {"loss": None, "answer_entropy": None, "worth_imitating": None}
         if quality is not None:
@@ -194,7 +201,8 @@ class TaskMemory:
 
     def _check_contents(self, path: Path) -> None:
         wanted = {"input_ids", "labels", "queries", "token_offsets", "query_offsets", "answer_offsets"}
-        wanted |= {f"rows.{layer}.{part}" for layer in self.selection for part in _PARTS}
+        for kind, present in (("rows", bool(self.selection)), ("logits", "logits.values" in self._names)):
+            wanted |= {f"{kind}.{part}" for part in _PARTS[kind]} if present else set()
         missing = sorted(wanted - self._names)
         if missing:
             raise MemoryFormatError(
@@ -206,6 +214,14 @@ class TaskMemory:
                 f"{path} holds {found} samples but {HEADER_FILE} says {self.n_samples}; the two files do not belong "
                 f"together, run that task again."
             )
+        if self.selection:
+            n_rows = self._file.get_slice("rows.sizes").get_shape()[0]
+            wanted_rows = self._offsets["query_offsets"][-1] * self.selection.n_heads
+            if n_rows != wanted_rows:
+                raise MemoryFormatError(
+                    f"{path} holds {n_rows} attention rows but the selection in {HEADER_FILE} asks for {wanted_rows}; "
+                    f"the two files do not belong together, run that task again."
+                )
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -225,13 +241,15 @@ class TaskMemory:
     def _read(self, name: str, span: slice) -> Tensor:
         return self._file.get_slice(name)[span]
 
-    def _masses(self, name: str, span: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices, probabilities and remaining mass; renormalised, since 16-bit rounding leaves a sum of 1 +- 1e-3."""
-        kept = self._read(f"{name}.probabilities", span).float()
-        remaining = self._read(f"{name}.remaining", span).float()
-        total = (kept.sum(dim=-1) + remaining).clamp_min(torch.finfo(torch.float32).tiny)
-        indices = self._read(f"{name}.indices", span).long()
-        return indices, kept / total[..., None], remaining / total
+    def _packed(self, kind: str, rows: slice, index: int) -> PackedRows:
+        values = self._span(f"{kind}.value_offsets", index)
+        gaps = self._span("rows.gap_offsets", index) if kind == "rows" else values
+        return PackedRows(
+            self._read(f"{kind}.sizes", rows),
+            self._read(f"{kind}.{_PARTS[kind][2]}", gaps),
+            self._read(f"{kind}.values", values),
+            self._read(f"{kind}.remaining", rows),
+        )
 
 
 def _pack_samples(samples: Sequence[ReplaySample]) -> dict[str, Tensor]:
@@ -246,40 +264,63 @@ def _pack_samples(samples: Sequence[ReplaySample]) -> dict[str, Tensor]:
 
 
 def _pack_signals(
-    signals: Sequence[TeacherSignals], selection: HeadSelection, longest: int, dtype: torch.dtype
+    signals: Sequence[TeacherSignals], selection: HeadSelection, storage_dtype: StorageDtype
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for layer in selection:
-        rows = [signal.rows[layer] for signal in signals]
-        k = max(row.indices.shape[-1] for row in rows)
-        tensors[f"rows.{layer}.indices"] = _stack([row.indices.transpose(0, 1) for row in rows], k).to(
-            _index_dtype(longest)
-        )
-        tensors[f"rows.{layer}.probabilities"] = _stack([row.probabilities.transpose(0, 1) for row in rows], k).to(
-            dtype
-        )
-        remaining = torch.cat([row.remaining.transpose(0, 1) for row in rows])
-        tensors[f"rows.{layer}.remaining"] = remaining.to(dtype).contiguous()
+    if selection:
+        packed = [pack(_join_layers(signal.rows, selection), storage_dtype, gap_coding=True) for signal in signals]
+        tensors |= _concatenate("rows", packed)
+        tensors["rows.gap_offsets"] = _offsets(len(part.gaps) for part in packed)
     logits = [signal.logits for signal in signals if signal.logits is not None]
     if logits:
-        tensors["logits.indices"] = torch.cat([part.indices for part in logits]).int()
-        tensors["logits.probabilities"] = torch.cat([part.probabilities for part in logits]).to(dtype)
-        tensors["logits.remaining"] = torch.cat([part.remaining for part in logits]).to(dtype)
+        rows = [SparseRows(part.indices, part.probabilities, part.remaining) for part in logits]
+        tensors |= _concatenate("logits", [pack(row, storage_dtype, gap_coding=False) for row in rows])
     return tensors
 
 
-def _stack(parts: list[Tensor], k: int) -> Tensor:
-    """Concatenate (queries, heads, <= k) parts, padded with index 0 and probability 0 (an absent entry)."""
-    padded = [torch.nn.functional.pad(part, (0, k - part.shape[-1])) for part in parts]
-    return torch.cat(padded).contiguous()
+def _concatenate(kind: str, parts: list[PackedRows]) -> dict[str, Tensor]:
+    return {
+        f"{kind}.sizes": torch.cat([part.sizes for part in parts]),
+        f"{kind}.remaining": torch.cat([part.remaining for part in parts]),
+        f"{kind}.{_PARTS[kind][2]}": torch.cat([part.gaps for part in parts]),
+        f"{kind}.values": torch.cat([part.values for part in parts]),
+        f"{kind}.value_offsets": _offsets(len(part.values) for part in parts),
+    }
+
+
+def _join_layers(rows: dict[int, TeacherRows], selection: HeadSelection) -> SparseRows:
+    """One sample's rows of all layers behind one another: by layer, head, query."""
+    k = max(rows[layer].indices.shape[-1] for layer in selection)
+
+    def flat(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, k - tensor.shape[-1])).reshape(-1, k)
+
+    return SparseRows(
+        torch.cat([flat(rows[layer].indices) for layer in selection]),
+        torch.cat([flat(rows[layer].probabilities) for layer in selection]),
+        torch.cat([rows[layer].remaining.reshape(-1) for layer in selection]),
+    )
+
+
+def _split_by_layer(rows: SparseRows, selection: HeadSelection, n_queries: int) -> dict[int, TeacherRows]:
+    """The inverse of ``_join_layers``, each layer cut to its longest row."""
+    layers, start = {}, 0
+    for layer, heads in selection.items():
+        part, shape = slice(start, start + len(heads) * n_queries), (len(heads), n_queries)
+        probabilities = rows.probabilities[part]
+        # Entries lie at the front of their row.
+        k = max(1, int((probabilities > 0).sum(dim=-1).max()))
+        layers[layer] = TeacherRows(
+            rows.indices[part, :k].reshape(*shape, k),
+            probabilities[:, :k].reshape(*shape, k),
+            rows.remaining[part].reshape(shape),
+        )
+        start = part.stop
+    return layers
 
 
 def _offsets(lengths: Any) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def _index_dtype(longest: int) -> torch.dtype:
-    return torch.int16 if longest <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Seekr(Replay):
         config = self.config
         estimate = self.estimated_bytes()
         logger.info(
-            "task %s: remembering %d samples, about %.2f MB on disk",
+            "task %s: remembering %d samples, at most %.2f MB on disk",
             self.current_task,
             len(self._samples),
             estimate / 1e6,
@@ -64,6 +64,7 @@ class Seekr(Replay):
             selection,
             config.row_top_k,
             config.logit_top_k if config.logits_distillation else 0,
+            config.kept_mass,
         )
         worth = loss <= config.teacher_loss_limit and entropy <= config.teacher_entropy_limit
         if not worth:
@@ -87,6 +88,7 @@ class Seekr(Replay):
                 "queries_per_sample": max(len(sample.queries) for sample in self._samples),
                 "row_top_k": config.row_top_k,
                 "logit_top_k": config.logit_top_k,
+                "kept_mass": config.kept_mass,
                 "model": self._model_identity(),
             },
         )
@@ -116,14 +118,13 @@ class Seekr(Replay):
         """Bytes that the current task's memory will take, before anything is computed."""
         config = self.config
         n_layers, n_heads = len(self._layers), self._shape[1]
-        layers = budget_count(config.layer_budget, n_layers)
-        heads = layers * n_heads
+        heads = budget_count(config.layer_budget, n_layers) * n_heads
         if config.head_choice == "all":
-            layers, heads = n_layers, n_layers * n_heads
+            heads = n_layers * n_heads
         elif config.head_budget is not None:
             heads = min(heads, budget_count(config.head_budget, n_layers * n_heads))
         if not config.attention_distillation:
-            layers = heads = 0
+            heads = 0
         return estimate_bytes(
             self._samples,
             heads,
@@ -131,7 +132,6 @@ class Seekr(Replay):
             config.logit_top_k if config.logits_distillation else 0,
             int(base_transformer(self.model).config.get_text_config().vocab_size),
             config.storage_dtype,
-            min(layers, heads),
         )
 
     @contextmanager
