@@ -25,12 +25,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.memory import PeakMemory
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention.rows import kl_of_rows
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import combine, label_loss, logits_kl
 from seekr_peft.memory import ReplayBatch, ReplaySample, TaskMemory, collate, draw_queries
+from seekr_peft.peak_memory import PeakMemory
 from seekr_peft.scoring import teach
 
 LAYERS, HEADS = 8, 8

@@ -30,6 +30,7 @@ Mode = Literal["stack", "continue"]
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 """What decides the shape and the scale of an adapter's change."""
 
+_ADOPTED = "earlier_00"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
@@ -76,6 +77,8 @@ class AdapterStack:
         self.current: str | None = None
         self.earlier: str | None = None
         self.last_consolidation: Consolidation | None = None
+        self.adopted = False
+        """Whether the model carried a trained adapter before the first task; it counts as an earlier one."""
         keep_differentiable(model)
         self._template = _checked_template(model)
         # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
@@ -222,11 +225,19 @@ class AdapterStack:
             raise AdapterError("there is nothing to export before the first task is finished.")
         self._save(self.earlier, directory)
 
-    def restore(self, directories: list[Path]) -> None:
+    def restore(self, directories: list[Path], adopted: Path | None = None) -> None:
         """Rebuild the state after ``len(directories)`` finished tasks from what ``save_current`` wrote for each.
 
         Repeats the same consolidations in the same order, so the result is bitwise that of the uninterrupted run.
+        ``adopted`` is the directory of a trained adapter that the first model carried, unless this one carries it too.
         """
+        if adopted is not None and self.mode == "stack" and not self.adopted:
+            self._add(_ADOPTED, self._consolidated_config(_saved_rank(adopted)))
+            _load(self.model, _ADOPTED, adopted)
+            for unused in self._unused:
+                self.model.base_model.delete_adapter(unused)
+            self._unused, self.earlier, self.adopted = [], _ADOPTED, True
+            self.activate()
         for directory in directories if self.mode == "stack" else directories[-1:]:
             self.begin()
             _load(self.model, self._require_current(), Path(directory))
@@ -247,7 +258,8 @@ class AdapterStack:
         else:
             self._unused = [name for name in names if name not in trained]
             if trained:
-                self.earlier = self._consolidate("earlier_00", trained)
+                self.earlier = self._consolidate(_ADOPTED, trained)
+                self.adopted = True
         self.activate()
 
     def _require_current(self) -> str:
@@ -296,17 +308,7 @@ class AdapterStack:
             factors = {path: (a, b) for path, (a, b, _, _) in truncated.items()}
             discarded = [(lost, total) for _, _, lost, total in truncated.values()]
             rank = self.rank_limit
-        # lora_alpha = r gives scaling 1: the old scalings are inside A. A frozen adapter has no dropout.
-        config = replace(
-            self._template,
-            r=rank,
-            lora_alpha=rank,
-            lora_dropout=0.0,
-            use_rslora=False,
-            rank_pattern={},
-            alpha_pattern={},
-        )
-        self._add(name, config)
+        self._add(name, self._consolidated_config(rank))
         _fill(self.model, name, factors)
         self.model.set_adapter(name)
         for old in [*names, *self._unused]:
@@ -319,6 +321,18 @@ class AdapterStack:
             max(lost / max(total, 1e-30) for lost, total in discarded),
         )
         return name
+
+    def _consolidated_config(self, rank: int) -> LoraConfig:
+        # lora_alpha = r gives scaling 1: the old scalings are inside A. A frozen adapter has no dropout.
+        return replace(
+            self._template,
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=0.0,
+            use_rslora=False,
+            rank_pattern={},
+            alpha_pattern={},
+        )
 
     def _save(self, name: str, directory: Path) -> None:
         directory = Path(directory)
@@ -418,6 +432,13 @@ def _fill(model: nn.Module, name: str, factors: dict[str, tuple[Tensor, Tensor]]
             # Ranks differ between modules under a rank_pattern: the rest stays zero.
             weight_a.zero_()[: a.shape[0]].copy_(a)
             weight_b.zero_()[:, : b.shape[1]].copy_(b)
+
+
+def _saved_rank(directory: Path) -> int:
+    try:
+        return int(LoraConfig.from_pretrained(str(directory)).r)
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterError(f"{directory} cannot be read ({error}); start the run again without --resume.") from error
 
 
 def _load(model: PeftModel, name: str, directory: Path) -> None:

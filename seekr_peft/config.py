@@ -82,7 +82,7 @@ class SeekrConfig:
 
     row_top_k: int = 32
     """Entries stored per attention row, on average over a replay sample's rows: sharp rows leave theirs to broad ones.
-    The rest of a row is stored as one remaining mass. Exact when it covers every key."""
+    The rest of a row is stored as one remaining mass. Nothing is left out when it covers every key."""
 
     logit_top_k: int = 64
     """Entries stored per teacher distribution over the vocabulary at most, plus the remaining mass."""
@@ -91,7 +91,7 @@ class SeekrConfig:
     """Share of a row's or distribution's mass beyond which no more entries are stored, in (0, 1]."""
 
     storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
-    """Type of the stored probabilities; uint8 holds their logarithms, to 2.4 %."""
+    """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact."""
 
     sample_selection: SampleSelection = "random"
     """Which training samples become replay samples: "random" (seeded, as in the paper) or the "first" ones (as in the

@@ -46,5 +46,11 @@ def model_device(model: nn.Module) -> torch.device:
     return base_transformer(model).get_input_embeddings().weight.device
 
 
+def pad_token_id(model: nn.Module) -> int:
+    """What to pad token ids with: the model's own padding token, or 0 where it has none (or -1, as some say none)."""
+    found = getattr(base_transformer(model).config.get_text_config(), "pad_token_id", None)
+    return found if isinstance(found, int) and found >= 0 else 0
+
+
 def _keeps_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base_transformer(model).forward).parameters

@@ -18,6 +18,7 @@ MethodName = Literal["sequential", "replay", "seekr"]
 DEMO = "demo"
 """As ``model.name_or_path`` and ``tasks.format``: the model and tasks that ship with the package."""
 
+_NOT_SUMMABLE = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "bias", "lora_bias")
 Count = Annotated[int, Field(ge=1, strict=True)]
 _SET_BY_THE_RUN = {
     "output_dir": "output_dir",
@@ -28,8 +29,19 @@ _SET_BY_THE_RUN = {
     "eval_strategy": "the evaluation section",
     "eval_on_start": "the evaluation section",
     "load_best_model_at_end": "the evaluation section",
+    "save_strategy": "--resume, for which the run keeps every finished task,",
+    "save_steps": "--resume, for which the run keeps every finished task,",
+    "save_total_limit": "--resume, for which the run keeps every finished task,",
+    "push_to_hub": "seekr-peft export",
 }
-_POSITIVE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+_CHECKPOINTING_OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+_POSITIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+)
 
 
 class _Section(BaseModel):
@@ -67,7 +79,7 @@ class TasksSection(_Section):
     """The task sequence."""
 
     format: str
-    """jsonl, trace, superni, long_sequence, or demo."""
+    """jsonl, trace, superni, long_sequence, mixed (tasks of several formats, FORMAT/NAME each), or demo."""
     path: str | None = None
     order: list[str] | None = None
     """Task names in order of training; None takes the format's own order."""
@@ -75,7 +87,7 @@ class TasksSection(_Section):
     max_test: Count | None = None
     epochs: list[Annotated[float, Field(gt=0)]] | None = None
     """Epochs of each task in ``order``; None uses ``training.num_train_epochs`` for all."""
-    max_length: Count = 512
+    max_length: Annotated[int, Field(ge=4, strict=True)] = 512
     """Tokens of prompt and answer together; longer prompts lose their middle."""
 
 
@@ -136,12 +148,23 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         problems += _without_crash(check, mapping)
     if problems or recipe is None:
         raise ConfigError(problems)
-    return recipe
+    return _resolved(recipe)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML."""
     path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """With every default of the method and the adapter written out, so that the stored recipe says all of it."""
+    settings = recipe.method_config().to_dict()
+    if "seed" not in recipe.method:
+        # It follows the recipe's own.
+        del settings["seed"]
+    method = {"name": recipe.method_name, **settings}
+    adapter = AdapterSection(mode=recipe.adapter.mode, rank_limit=recipe.adapter.rank_limit, **recipe.adapter.lora())
+    return recipe.model_copy(update={"method": method, "adapter": adapter})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -228,14 +251,13 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
     if not isinstance(training, dict):
         return []
     from transformers import TrainingArguments
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.trainer_utils import IntervalStrategy, SchedulerType
     from transformers.training_args import OptimizerNames
 
     choices: dict[str, Any] = {
         "lr_scheduler_type": SchedulerType,
         "optim": OptimizerNames,
         "logging_strategy": IntervalStrategy,
-        "save_strategy": SaveStrategy,
     }
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     problems = []
@@ -246,13 +268,25 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
             problems.append(unknown_key(key, list(fields), "training."))
         elif key in _POSITIVE and not (_is_number(value) and value > 0):
             problems.append(f"training.{key} must be a number above 0, got {value!r}.")
+        elif _is_whole(fields[key]) and not (isinstance(value, int) and _is_number(value)):
+            problems.append(f"training.{key} must be a whole number, got {value!r}.")
         elif type(fields[key].default) in (int, float) and not _is_number(value):
             problems.append(f"training.{key} must be a number, got {value!r}.")
         elif type(fields[key].default) is bool and not isinstance(value, bool):
             problems.append(f"training.{key} must be true or false, got {value!r}.")
         elif key in choices and value not in (names := [str(choice.value) for choice in choices[key]]):
             problems.append(f"training.{key} must be one of {', '.join(names)}, got {value!r}.")
+        elif key in _CHECKPOINTING_OPTIONS and isinstance(value, dict) and value.get("use_reentrant"):
+            problems.append(
+                f"training.{key}: use_reentrant must be false, got {value['use_reentrant']!r}; under reentrant "
+                f"checkpointing a captured attention has no gradient."
+            )
     return problems
+
+
+def _is_whole(field: Any) -> bool:
+    # warmup_steps has a whole default and takes shares too.
+    return type(field.default) is int and "float" not in str(field.type)
 
 
 def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
@@ -264,10 +298,18 @@ def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
     known = [field.name for field in dataclasses.fields(LoraConfig)]
     own = list(AdapterSection.model_fields)
     problems = [unknown_key(key, [*own, *known], "adapter.") for key in adapter if key not in (*own, *known)]
-    for key in ("r", "lora_alpha"):
-        value = adapter.get(key, 1)
-        if not _is_number(value) or value < 1:
-            problems.append(f"adapter.{key} must be a number of at least 1, got {value!r}.")
+    r, alpha, dropout = adapter.get("r", 1), adapter.get("lora_alpha", 1), adapter.get("lora_dropout", 0.0)
+    if not _is_number(r) or not isinstance(r, int) or r < 1:
+        problems.append(f"adapter.r must be a whole number of at least 1, got {r!r}.")
+    if not _is_number(alpha) or alpha < 1:
+        problems.append(f"adapter.lora_alpha must be a number of at least 1, got {alpha!r}.")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        problems.append(f"adapter.lora_dropout must be a number in [0, 1), got {dropout!r}.")
+    refused = [key for key in _NOT_SUMMABLE if adapter.get(key) not in (None, False, "none")]
+    problems += [
+        f"adapter.{key} is {adapter[key]!r}, whose change cannot be added up over the tasks; leave it out."
+        for key in refused
+    ]
     return problems
 
 

@@ -30,6 +30,7 @@ from transformers import TrainingArguments, set_seed
 
 from .errors import ConfigError, RunError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
+from .evaluation.generation import prompt_room
 from .methods import METHODS, ContinualMethod
 from .methods.base import STATE_FILE as METHOD_STATE_FILE
 from .methods.base import read_method_state, write_json
@@ -125,6 +126,10 @@ class _Run:
             adapter_mode=self.recipe.adapter.mode,
             rank_limit=self.recipe.adapter.rank_limit,
         )
+        # Before hours of training, not after the first task.
+        prompt_room(model, self.recipe.tasks.max_length, self.recipe.evaluation.max_new_tokens)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        max_length = min(self.recipe.tasks.max_length, positions or self.recipe.tasks.max_length)
         finished = _finished_tasks(self.directory)
         trained = _trained_tasks(self.directory)
         if trained:
@@ -135,7 +140,7 @@ class _Run:
         self._write_task_facts(tasks)
         for index, task in enumerate(tasks):
             if index >= trained:
-                tokenized = task.tokenized(tokenizer, self.recipe.tasks.max_length)
+                tokenized = task.tokenized(tokenizer, max_length)
                 self._train(method, tokenized, index, f"{index + 1}/{len(tasks)} {task.name}")
             if index >= finished:
                 self._evaluate(model, tokenizer, tasks[: index + 1], matrix)
@@ -290,6 +295,9 @@ def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise RunError(f"output_dir {directory} is a file; choose another folder.")
     if not resume:
+        if path.is_file() and not (directory / METHOD_STATE_FILE).is_file():
+            # It ended before its first task was trained, so nothing would be lost.
+            return
         if path.is_file():
             raise RunError(
                 f"{directory} already holds a run; go on with --resume, choose another output_dir, or delete it."

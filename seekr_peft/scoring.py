@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapters import AdapterStack
 from .attention import AttentionTap, TeacherRows, head_shape
 from .attention.call import AttentionCall
-from .attention.rows import keep_largest
+from .attention.rows import keep_largest, normalised
 from .attention.support import attention_modules, base_transformer
 from .config import Norm
 from .forward import answer_logits, evaluation_mode, model_device
@@ -109,7 +109,7 @@ def teach(
         for sample in samples:
             with AttentionTap(model, heads, queries=sample.queries[None]) as tap:
                 logits, targets = _logits_of(model, sample)
-                rows = _sparse({layer: rows[0] for layer, rows in tap.rows.items()}, row_top_k, kept_mass)
+                rows = _sparse({layer: normalised(rows[0]) for layer, rows in tap.rows.items()}, row_top_k, kept_mass)
             distributions = None
             if logit_top_k:
                 mass = kept_mass if logit_top_k < logits.shape[-1] else 1.0

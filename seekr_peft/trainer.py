@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from .attention.support import base_transformer
 from .errors import AdapterError, ConfigError
+from .forward import pad_token_id
 from .methods import ContinualMethod
 from .tasks import AnswerCollator
 
@@ -125,9 +125,8 @@ class ContinualTrainer(ContinualTrainerMixin, Trainer):
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
         _check_tokenised(kwargs.get("train_dataset"))
         if kwargs.get("data_collator") is None:
-            config = base_transformer(model).config.get_text_config()
-            pad = getattr(config, "pad_token_id", None)
-            kwargs["data_collator"] = AnswerCollator(pad_token_id=0 if pad is None else pad)
+            _check_labelled(kwargs.get("train_dataset"))
+            kwargs["data_collator"] = AnswerCollator(pad_token_id=pad_token_id(model))
         super().__init__(model=model, args=args, **kwargs)
 
 
@@ -144,6 +143,17 @@ def _check_tokenised(dataset: Any) -> None:
         raise ConfigError(
             f"train_dataset has no 'input_ids' (it has {', '.join(sorted(first))}); tokenise the task first: "
             f"task.tokenized(tokenizer)."
+        )
+
+
+def _check_labelled(dataset: Any) -> None:
+    # A stream has no first item to look at.
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) == 0:
+        return
+    if "labels" not in dataset[0]:
+        raise ConfigError(
+            f"train_dataset has no 'labels' (it has {', '.join(sorted(dataset[0]))}); tokenise the task first: "
+            f"task.tokenized(tokenizer), or pass the data_collator that makes them."
         )
 
 

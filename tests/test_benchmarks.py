@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import PeakMemory  # noqa: E402
+from seekr_peft.peak_memory import PeakMemory  # noqa: E402
 
 
 def test_peak_memory_counts_what_is_alive_at_the_same_time():

@@ -16,7 +16,7 @@ SOURCE = Path(seekr_peft.__file__).parent
 
 # A module imports only from levels above its own line. Two names on one line do not know each other.
 LEVELS = [
-    {"errors"},
+    {"errors", "peak_memory"},
     {"config", "progress"},
     {"heads"},
     {"attention", "tasks"},
@@ -31,6 +31,7 @@ LEVELS = [
     {"sft_trainer", "demo.words"},
     {"recipe", "report", "export"},
     {"modeling"},
+    {"footprint"},
     {"run"},
     {"demo"},
     {"cli"},

@@ -11,11 +11,29 @@ import pytest
 import torch
 from core_models import fresh_peft, logits_of, make_dataset, randomise, train_by_hand
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import N_HEADS, N_LAYERS, VOCABULARY, tiny_llama
+from tiny_models import (
+    N_HEADS,
+    N_LAYERS,
+    VOCABULARY,
+    padded_batch,
+    tiny_bert,
+    tiny_gpt_oss,
+    tiny_llama,
+    with_lora,
+)
 from torch import Tensor
 
+from seekr_peft.attention import AttentionTap
 from seekr_peft.config import SeekrConfig
-from seekr_peft.errors import AdapterError, CaptureError, ConfigError, MemoryFormatError, RunError, SeekrError
+from seekr_peft.errors import (
+    AdapterError,
+    CaptureError,
+    ConfigError,
+    DataError,
+    MemoryFormatError,
+    RunError,
+    SeekrError,
+)
 from seekr_peft.heads import HeadSelection, ImportanceRecord
 from seekr_peft.memory import choose_samples
 from seekr_peft.methods import METHODS, Replay, Seekr, Sequential
@@ -443,6 +461,64 @@ def test_a_model_without_attention_is_refused_when_the_method_is_made() -> None:
         Seekr(model)
 
 
+@pytest.mark.parametrize("head_choice", ["all", "importance", "random"])
+def test_layers_below_the_adapter_are_never_distilled(head_choice: Any) -> None:
+    """Their attention cannot move, so it has no gradient; layer 1's adapter on v moves that from layer 2 on."""
+    lora = {"target_modules": ["v_proj"], "layers_to_transform": [1]}
+    method = make_method(model=fresh_peft(**lora), head_choice=head_choice)
+    do_task(method, "first", FIRST)
+    assert set(method.selections[0]) == set(range(2, N_LAYERS))
+    assert do_task(method, "second", SECOND) == [False, True, False, True]
+
+
+def test_a_training_that_moves_no_attention_is_reported_and_replays_without_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lora = {"target_modules": ["v_proj"], "layers_to_transform": [N_LAYERS - 1]}
+    method = make_method(model=fresh_peft(**lora))
+    do_task(method, "first", FIRST)
+    assert "changed no attention at all" in caplog.text and not method.selections[0]
+    with method.task("second", replay_from=SECOND), method.replay_terms(method.model) as terms:
+        assert set(terms.values()) == {"replay_loss", "logits_loss"}
+
+
+def test_a_task_without_any_replay_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    method = make_method(replay_every=50)
+    do_task(method, "first", FIRST)
+    assert "no replay batch" not in caplog.text
+    with method.task("second", replay_from=SECOND):
+        train_by_hand(method, SECOND, 3)
+    assert "task second: no replay batch was used" in caplog.text
+
+
+def test_attention_sinks_leave_a_distribution_over_the_keys() -> None:
+    """gpt-oss: eager rows sum to less than 1; teacher and student are compared on what the keys hold."""
+    model = with_lora(tiny_gpt_oss())
+    method = make_method(model=model)
+    with AttentionTap(model, HeadSelection({0: [0]})) as tap:
+        model(**padded_batch("none"), output_attentions=True)
+    assert float(tap.rows[0].sum(-1).min()) < 0.9
+    do_task(method, "first", FIRST)
+    with method.task("second", replay_from=SECOND):
+        with method.replay_terms(method.model) as terms:
+            parts = terms.values()
+        assert abs(parts["attention_loss"]) < 1e-5
+        randomise(method.stack.parameters(), 5)
+        with method.replay_terms(method.model) as terms:
+            assert terms.values()["attention_loss"] > 1e-3
+
+
+def test_a_model_that_looks_in_both_directions_is_refused() -> None:
+    with pytest.raises(AdapterError, match="looks in both directions"):
+        make_method(Replay, model=with_lora(tiny_bert(), task_type=None))
+
+
+def test_a_selector_that_chooses_nothing_is_refused() -> None:
+    method = make_method(select_samples=lambda dataset, count, seed: [])
+    with pytest.raises(DataError, match="chose none of 20 samples"), method.task("first", replay_from=FIRST):
+        pass
+
+
 # Files ----------------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +549,18 @@ def test_a_saved_method_goes_on_exactly_as_if_it_had_never_stopped(
         assert again.selections == method.selections and len(again.selections) == 3
         assert again.memory.bytes == method.memory.bytes > 0
         assert (tmp_path / "out" / "tasks" / "03-third").is_dir(), "later tasks are written beside the earlier ones"
+
+
+@pytest.mark.parametrize("adapter_mode", ["stack", "continue"])
+def test_an_adapter_that_was_trained_before_the_first_task_is_saved_too(adapter_mode: Any, tmp_path: Path) -> None:
+    method = make_method(model=with_lora(tiny_llama()), adapter_mode=adapter_mode)
+    do_task(method, "first", FIRST)
+    do_task(method, "second", SECOND)
+    method.save_pretrained(tmp_path / "out")
+    again = Seekr.from_pretrained(fresh_peft(), tmp_path / "out")
+    assert torch.equal(logits_of(again.model), logits_of(method.model))
+    carried = Seekr.from_pretrained(with_lora(tiny_llama()), tmp_path / "out")
+    assert torch.equal(logits_of(carried.model), logits_of(method.model)), "it must not be added a second time"
 
 
 def test_a_saved_method_has_a_plain_adapter_that_needs_no_package(tmp_path: Path) -> None:

@@ -129,7 +129,29 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
         ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs must be a number above 0, got 0."),
         ({"training": {"warmup_steps": "some"}}, "training.warmup_steps must be a number, got 'some'."),
         ({"training": {"bf16": "often"}}, "training.bf16 must be true or false, got 'often'."),
-        ({"adapter": {"r": 0}}, "adapter.r must be a number of at least 1, got 0."),
+        ({"adapter": {"r": 0}}, "adapter.r must be a whole number of at least 1, got 0."),
+        ({"training": {"max_steps": 2.5}}, "training.max_steps must be a whole number, got 2.5."),
+        ({"training": {"logging_steps": 0}}, "training.logging_steps must be a number above 0, got 0."),
+        (
+            {"training": {"save_strategy": "epoch"}},
+            "training.save_strategy is set by the run; use --resume, for which the run keeps every finished task, "
+            "instead.",
+        ),
+        (
+            {"training": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}},
+            "training.gradient_checkpointing_kwargs: use_reentrant must be false, got True; under reentrant "
+            "checkpointing a captured attention has no gradient.",
+        ),
+        ({"adapter": {"r": 2.5}}, "adapter.r must be a whole number of at least 1, got 2.5."),
+        ({"adapter": {"lora_dropout": "x"}}, "adapter.lora_dropout must be a number in [0, 1), got 'x'."),
+        (
+            {"adapter": {"use_dora": True}},
+            "adapter.use_dora is True, whose change cannot be added up over the tasks; leave it out.",
+        ),
+        (
+            {"tasks": {"format": "demo", "max_length": 2}},
+            "tasks.max_length: input should be greater than or equal to 4, got 2.",
+        ),
         ({"tasks": {}}, "tasks.format is missing; add it to the recipe."),
         (
             {"tasks": {"format": "demo", "order": ["first", "lst"]}},
@@ -155,7 +177,11 @@ def test_a_wrong_value_is_one_sentence_with_its_place(sections: dict[str, Any], 
 
 @pytest.mark.parametrize(
     ("key", "value", "one"),
-    [("lr_scheduler_type", "lineer", "cosine"), ("optim", "adam", "adamw_torch"), ("save_strategy", "often", "epoch")],
+    [
+        ("lr_scheduler_type", "lineer", "cosine"),
+        ("optim", "adam", "adamw_torch"),
+        ("logging_strategy", "often", "epoch"),
+    ],
 )
 def test_a_choice_of_transformers_is_checked_before_the_run(key: str, value: str, one: str) -> None:
     (message,) = problems(recipe(training={key: value}))

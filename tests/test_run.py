@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from small_run import TASKS, read_json, read_lines, small_recipe
 
 import seekr_peft.run as run_module
-from seekr_peft import ContinualTrainer, Seekr, run_recipe
+from seekr_peft import ContinualTrainer, Seekr, SeekrConfig, run_recipe
 from seekr_peft.demo import BASE_PATH
-from seekr_peft.errors import ConfigError, RunError
+from seekr_peft.errors import ConfigError, DataError, RunError
 from seekr_peft.recipe import load_recipe
 
 TERMS = ("replay_loss", "logits_loss", "attention_loss")
@@ -70,8 +70,19 @@ def test_the_directory_holds_every_file_of_its_format(finished: Path) -> None:
 
 def test_the_recipe_is_stored_resolved(finished: Path) -> None:
     stored = yaml.safe_load((finished / "recipe.yaml").read_text(encoding="utf-8"))
-    assert stored == load_recipe(small_recipe(finished)).to_dict()
-    assert stored["tasks"]["max_length"] == 512, "defaults are written out"
+    assert stored["tasks"]["max_length"] == 512
+    given = small_recipe(finished)
+    defaults = SeekrConfig().to_dict()
+    assert set(stored["method"]) == {"name", *defaults} - {"seed"}, "the seed is the recipe's"
+    assert stored["method"] == {key: given["method"].get(key, defaults.get(key)) for key in stored["method"]}
+    assert stored["adapter"] == {
+        "mode": "stack",
+        "rank_limit": None,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+        **given["adapter"],
+    }
+    assert load_recipe(finished / "recipe.yaml").to_dict() == stored
 
 
 def test_state_and_environment_tell_how_far_it_came(finished: Path) -> None:
@@ -317,8 +328,16 @@ def test_a_second_run_without_resume_is_refused(finished: Path) -> None:
 def test_resuming_with_another_recipe_names_the_key_and_both_values(finished: Path) -> None:
     with pytest.raises(RunError, match=r"another recipe \(training\.learning_rate was 0\.002, now 0\.001\)"):
         run_recipe(small_recipe(finished), ["training.learning_rate=1e-3"], resume=True, console=quiet())
-    with pytest.raises(RunError, match=r"another recipe \(method\.query_budget was None, now 9\)"):
+    with pytest.raises(RunError, match=r"another recipe \(method\.query_budget was 100, now 9\)"):
         run_recipe(small_recipe(finished), ["method.query_budget=9"], resume=True, console=quiet())
+
+
+def test_a_run_that_failed_before_its_first_task_may_be_started_again(tmp_path: Path, no_report: None) -> None:
+    """Such as answers longer than the model's 128 positions, which only the loaded model tells."""
+    with pytest.raises(DataError, match="the model has 128 positions"):
+        run(small_recipe(tmp_path / "run", n_tasks=1, evaluation={"max_new_tokens": 200}))
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    assert run(small_recipe(tmp_path / "run", n_tasks=1)).matrix.op() >= 0
 
 
 def test_a_moved_run_resumes_under_its_new_path(tmp_path: Path, finished: Path, no_report: None) -> None:

@@ -470,6 +470,13 @@ def test_a_dataset_that_is_not_tokenised_is_refused(
         ContinualTrainer(model=method.model, method=method, args=arguments(tmp_path), train_dataset=dataset)
 
 
+def test_a_dataset_without_labels_is_refused_with_what_it_has(after_one_task: Any) -> None:
+    method = after_one_task()
+    dataset = [{"input_ids": [1, 2, 3]}]
+    with method.task("new", replay_from=NEW), pytest.raises(ConfigError, match=r"no 'labels' \(it has input_ids\)"):
+        ContinualTrainer(model=method.model, method=method, train_dataset=dataset)
+
+
 def test_a_streamed_dataset_trains(tmp_path: Path, after_one_task: Any) -> None:
     from datasets import IterableDataset
 

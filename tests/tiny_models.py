@@ -90,6 +90,19 @@ def tiny_gemma2(attention: str = "eager", **changes: Any) -> nn.Module:
     return _build(Gemma2ForCausalLM, Gemma2Config(**{**_SIZES, **special, **changes}), attention)
 
 
+def tiny_gpt_oss(attention: str = "eager", **changes: Any) -> nn.Module:
+    """Attention sinks: the weights of a row sum to less than 1."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    special = {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "sliding_window": SLIDING_WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * (N_LAYERS // 2) + ["full_attention"] * (N_LAYERS % 2),
+    }
+    return _build(GptOssForCausalLM, GptOssConfig(**{**_SIZES, **special, **changes}), attention)
+
+
 def tiny_mamba() -> nn.Module:
     """No attention at all."""
     from transformers import MambaConfig, MambaForCausalLM

@@ -24,6 +24,7 @@ from .rows import (
     gradient_squares_full,
     head_keys,
     kl_of_rows,
+    normalised,
     row_kl,
     row_probabilities,
     row_weights,
@@ -165,7 +166,7 @@ class EagerCall:
         return torch.where(self.queries.real[:, None, :, None], rows.to(compute_dtype(rows)), 0)
 
     def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
-        rows = self.rows()
+        rows = normalised(self.rows())
         if weights is None:
             weights = row_weights(self.queries.real, rows.shape[1])
         return kl_of_rows(rows, teacher, weights)

@@ -91,8 +91,15 @@ def keep_largest(layers: dict[int, TeacherRows], per_row: int) -> dict[int, Teac
     n_kept = per_row * sum(rows.remaining.numel() for rows in layers.values())
     if int((probabilities > 0).sum()) <= n_kept:
         return layers
-    limit = probabilities.kthvalue(probabilities.numel() - n_kept).values
-    return {layer: rows._without(rows.probabilities <= limit) for layer, rows in layers.items()}
+    # Stable, so that of equal entries the first are kept.
+    order = probabilities.sort(descending=True, stable=True).indices
+    dropped = torch.ones_like(probabilities, dtype=torch.bool)
+    dropped[order[:n_kept]] = False
+    parts = dropped.split([rows.probabilities.numel() for rows in layers.values()])
+    return {
+        layer: rows._without(part.view_as(rows.probabilities))
+        for (layer, rows), part in zip(layers.items(), parts, strict=True)
+    }
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -111,6 +118,14 @@ def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(first, *rest, **options)
 
     return run
+
+
+def normalised(rows: Tensor) -> Tensor:
+    """``rows`` (..., n_keys) divided by their sum; rows of zeros stay zero.
+
+    The weights of a model with attention sinks (gpt-oss) sum to less than 1: what is left is a distribution over keys.
+    """
+    return rows / rows.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 @outside_autocast

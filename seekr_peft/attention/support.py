@@ -112,6 +112,12 @@ def is_causal(module: nn.Module, flag: bool | None) -> bool:
     return bool(flag if flag is not None else getattr(module, "is_causal", True))
 
 
+def is_encoder(model: nn.Module) -> bool:
+    """Whether some attention layer of ``model`` looks at later positions too, by its own ``is_causal``."""
+    modules = [module for module in base_transformer(model).modules() if _is_self_attention(module)]
+    return any(not is_causal(module, None) for module in modules)
+
+
 def _is_self_attention(module: nn.Module) -> bool:
     if not isinstance(getattr(module, "layer_idx", None), int):
         return False

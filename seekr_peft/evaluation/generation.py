@@ -94,7 +94,7 @@ def generate_answers(
     if len(instructions) != len(prompts):
         raise DataError(f"There are {len(instructions)} instructions for {len(prompts)} prompts.")
     prepare_tokenizer(tokenizer)
-    room = _prompt_room(model, max_length, max_new_tokens)
+    room = prompt_room(model, max_length, max_new_tokens)
     pairs = zip(prompts, instructions, strict=True)
     ids = [encode_prompt(tokenizer, prompt, room, instruction) for prompt, instruction in pairs]
     longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
@@ -143,7 +143,7 @@ def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     )
 
 
-def _prompt_room(model: Any, max_length: int, max_new_tokens: int) -> int:
+def prompt_room(model: Any, max_length: int, max_new_tokens: int) -> int:
     """Tokens a prompt may have: `max_length`, or what the model's positions leave."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:

@@ -75,6 +75,8 @@ def choose_samples(
         raise DataError("replay_from is empty; a task needs at least one training sample.")
     count = replay_count(len(dataset), replay_ratio)
     indices = list(selector(dataset, count, seed))
+    if not indices:
+        raise DataError(f"select_samples chose none of {len(dataset)} samples; it must choose at least one.")
     return [_sample(dataset[int(index)], int(index), query_budget, seed) for index in indices]
 
 

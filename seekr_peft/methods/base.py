@@ -26,6 +26,9 @@ from ..losses import ReplayTerms
 logger = logging.getLogger("seekr_peft")
 
 STATE_FILE = "method.json"
+ADOPTED_DIRECTORY = "adopted_adapter"
+"""Where a trained adapter is kept that the model carried before the first task."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -70,7 +73,7 @@ class ContinualMethod:
             weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
         self.task_names: list[str] = []
         self.current_task: str | None = None
-        self._step = 0
+        self._step = self._n_replayed = 0
 
     # For subclasses ---------------------------------------------------------------------------------------------
 
@@ -117,7 +120,7 @@ class ContinualMethod:
             )
         self.stack.begin()
         self.current_task = name
-        self._step = 0
+        self._step = self._n_replayed = 0
         try:
             self.before_training(replay_from)
             self.start_training(optimizer_steps)
@@ -191,7 +194,8 @@ class ContinualMethod:
         for path in self._found_directories():
             if path.name not in kept:
                 shutil.rmtree(path)
-        self.stack.restore([path / "adapter" for path in directories])
+        adopted = self.directory / ADOPTED_DIRECTORY
+        self.stack.restore([path / "adapter" for path in directories], adopted if adopted.is_dir() else None)
         self.task_names = list(names)
         self.after_restore(directories)
 
@@ -201,6 +205,12 @@ class ContinualMethod:
 
     def _finish(self, name: str) -> None:
         self.stack.check_frozen_unchanged()
+        if self.uses_replay and self.task_names and not self._n_replayed:
+            logger.warning(
+                "task %s: no replay batch was used while it was trained, so the earlier tasks are forgotten; in a "
+                "hand-written loop pass optimizer_steps to task() and call replay_loss() once per step.",
+                name,
+            )
         target = self.task_directory(len(self.task_names), name)
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -208,6 +218,8 @@ class ContinualMethod:
         partial.mkdir(parents=True)
         self.after_training(partial)
         self.stack.save_current(partial / "adapter")
+        if self.stack.adopted and not self.task_names:
+            self.stack.export(self.directory / ADOPTED_DIRECTORY)
         # What may still fail comes before the task counts as finished, so that it can be dropped as a whole.
         consolidation = self.stack.finish()
         os.replace(partial, target)

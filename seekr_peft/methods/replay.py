@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..attention.support import base_transformer
+from ..attention.support import is_encoder
 from ..config import SeekrConfig
-from ..forward import answer_logits, model_device
+from ..errors import AdapterError
+from ..forward import answer_logits, model_device, pad_token_id
 from ..losses import ReplayTerms, combine, label_loss
 from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples, estimate_bytes
 from ..memory.samples import SELECTORS, SampleSelector
@@ -37,6 +38,11 @@ class Replay(ContinualMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, config, **options)
+        if is_encoder(model):
+            raise AdapterError(
+                f"{type(model.get_base_model()).__name__} looks in both directions, so a label's place is not the one "
+                f"before its token and replay would train another loss; use a causal language model."
+            )
         self.memory = ReplayMemory()
         self.rhythm = Rhythm(0)
         self._select = select_samples or SELECTORS[self.config.sample_selection]
@@ -49,8 +55,7 @@ class Replay(ContinualMethod):
         self._samples = choose_samples(
             replay_from, self.config.replay_ratio, self.config.query_budget, seed, self._select
         )
-        pad = getattr(base_transformer(self.model).config.get_text_config(), "pad_token_id", None)
-        self._stream = self.memory.stream(self.config.replay_batch_size, seed, pad or 0)
+        self._stream = self.memory.stream(self.config.replay_batch_size, seed, pad_token_id(self.model))
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
         """Plan when replay batches fall due."""
@@ -69,7 +74,7 @@ class Replay(ContinualMethod):
 
     @contextmanager
     def replay_terms(self, model: nn.Module) -> Iterator[ReplayTerms]:
-        batch = next(self._stream).to(model_device(self.model))
+        batch = self._next_batch()
         logits, targets = answer_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
         yield self._label_terms(logits, targets)
 
@@ -87,6 +92,10 @@ class Replay(ContinualMethod):
     def estimated_bytes(self) -> int:
         """Bytes that the current task's memory will take, before anything is computed."""
         return estimate_bytes(self._samples, n_heads=0, row_top_k=1, logit_top_k=0, vocabulary=1)
+
+    def _next_batch(self) -> ReplayBatch:
+        self._n_replayed += 1
+        return next(self._stream).to(model_device(self.model))
 
     def _label_terms(self, logits: Tensor, targets: Tensor) -> ReplayTerms:
         return combine(label_loss(logits, targets), None, None, 1.0, 0.0)

@@ -17,7 +17,7 @@ from ..attention.call import AttentionCall
 from ..attention.support import attention_modules, base_transformer
 from ..config import budget_count
 from ..errors import MemoryFormatError
-from ..forward import answer_logits, model_device
+from ..forward import answer_logits
 from ..heads import HeadSelection, ImportanceRecord
 from ..losses import ReplayTerms, combine, label_loss, logits_kl
 from ..memory import ReplayBatch, TaskMemory, TeacherQuality, estimate_bytes
@@ -136,7 +136,7 @@ class Seekr(Replay):
 
     @contextmanager
     def replay_terms(self, model: nn.Module) -> Iterator[ReplayTerms]:
-        batch = next(self._stream).to(model_device(self.model))
+        batch = self._next_batch()
         with AttentionTap(self.model, batch.heads, batch.queries, observe=_row_loss(batch), keep_graph=True) as tap:
             logits, targets = answer_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
             attention: Tensor | None = None
@@ -155,13 +155,23 @@ class Seekr(Replay):
         config = self.config
         scores = score_heads(self.stack, self._samples, config.norm, config.sensitivity_queries == "all")
         record = self.importance.extended(scores.forgettability, scores.sensitivity)
+        # Below the first adapted layer attention cannot change, so it has no gradient either.
+        moved = [layer for layer in self._layers if scores.forgettability[layer].any()]
+        if not moved:
+            logger.warning(
+                "task %s: its training changed no attention at all, so none is distilled; put the adapter on the "
+                "attention or on a layer below it.",
+                self.current_task,
+            )
+            self._pending = (record, HeadSelection({}))
+            return self._pending[1]
         selection = record.select(
             config.head_choice,
             config.layer_budget,
             config.head_budget,
             accumulate=config.accumulate,
             seed=config.seed + len(self.task_names),
-            layers=self._layers,
+            layers=moved,
         )
         # Taken over only once the task is on disk: a failure before that leaves the earlier tasks' record as it was.
         self._pending = (record, selection)

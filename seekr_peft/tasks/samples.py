@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Field = str | Callable[[Mapping[str, Any]], Any]
 """Where a sample's text comes from: a key (column) of the row, or a function of the row."""
 
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_name(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Peak allocation of tensors, on a CPU as on a GPU."""
+"""Peak allocation of tensors on a CPU, a GPU, or the meta device. Imports no other module."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class PeakMemory:
 
     On CUDA it is the allocator's own peak above the level at entry. On a CPU there is no such counter, so every
     operator's new output storage is counted from its birth to its death; scratch space inside a kernel is not seen.
+    On the meta device, where tensors have a size but no memory, the same counts what the step would need.
     """
 
     def __init__(self, device: str = "cpu") -> None:
