@@ -1,6 +1,6 @@
 """The measurements behind the defaults: the demo's four tasks under other settings, several seeds each.
 
-    python -m benchmarks.choices [--seeds 0 1 2] [--only replay seekr ...] [--out FILE.json]
+    python -m benchmarks.choices [--seeds 0 1 2 3] [--only replay seekr ...] [--out FILE.json]
 
 Every row shares base, data, order, seeds and optimiser steps with the others; only the named setting differs.
 """
@@ -28,7 +28,7 @@ SETTINGS: dict[str, list[str]] = {
     "replay, one adapter continued": ["method.name=replay", "adapter.mode=continue"],
     "seekr": [],
     "seekr, lambda2 = 1": ["method.lambda2=1.0"],
-    "seekr, lambda2 = 100": ["method.lambda2=100.0"],
+    "seekr, lambda2 = 10": ["method.lambda2=10.0"],
     "seekr, lambda2 = 1000": ["method.lambda2=1000.0"],
     "seekr, no attention": ["method.attention_distillation=false"],
     "seekr, no logits": ["method.logits_distillation=false"],
@@ -67,7 +67,7 @@ def table(figures: dict[str, list[dict[str, Any]]]) -> Table:
 def main() -> None:
     """Run, print after each setting, and write ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

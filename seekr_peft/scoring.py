@@ -62,13 +62,11 @@ def score_heads(
             with stack.before_task(), torch.no_grad():
                 before = attention_rows(model, sample, heads)
             with stack.frozen():
-                after, squares = _rows_and_gradients(model, sample, heads, every_query)
-            n_queries = len(sample.input_ids) if every_query else len(sample.queries)
+                changes, squares = _changes_and_gradients(model, sample, heads, before, every_query)
+            n_keys, n_queries = len(sample.input_ids), len(sample.queries)
             for layer in heads:
-                change = (after[layer] - before[layer]).square().sum(dim=(-1, -2))
-                scores[0, layer] += _norm(change, before[layer][0].numel(), norm)
-                entries = n_queries * len(sample.input_ids)
-                scores[1, layer] += _norm(squares[layer], entries, norm)
+                scores[0, layer] += _norm(changes[layer], n_queries * n_keys, norm)
+                scores[1, layer] += _norm(squares[layer], (n_keys if every_query else n_queries) * n_keys, norm)
             if progress:
                 progress()
     scores /= len(samples)
@@ -129,36 +127,40 @@ def signal_targets(sample: ReplaySample) -> Tensor:
     return labels[labels != -100]
 
 
-def _rows_and_gradients(
-    model: nn.Module, sample: ReplaySample, heads: HeadSelection, every_query: bool
+def _changes_and_gradients(
+    model: nn.Module, sample: ReplaySample, heads: HeadSelection, before: dict[int, Tensor], every_query: bool
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Rows after the task, and per layer the sum of squares of dL/dA for each head, (n_heads,)."""
+    """Per layer the sums of squares of A^k - A^(k-1) and of dL/dA for each head, (n_heads,).
+
+    Rows after the task are compared with ``before`` layer by layer and not kept; each layer's ``before`` is dropped
+    once it was used.
+    """
     embeddings = base_transformer(model).get_input_embeddings()
     # With every parameter frozen, a graph exists only if the input requires a gradient.
     handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+
+    def change(layer: int, call: AttentionCall) -> Tensor:
+        with torch.no_grad():
+            return (call.rows()[0] - before.pop(layer)).square().sum(dim=(-1, -2))
+
     try:
         with (
             torch.enable_grad(),
-            AttentionTap(
-                model, heads, queries=sample.queries[None], observe=_detached_rows, gradient_targets=True
-            ) as tap,
+            AttentionTap(model, heads, queries=sample.queries[None], observe=change, gradient_targets=True) as tap,
         ):
             loss = label_loss(*_logits_of(model, sample))
             calls: dict[int, AttentionCall] = dict(tap.calls)
             targets = [calls[layer].gradient_target for layer in heads]
             gradients = torch.autograd.grad(loss, targets)
-            squares = {
-                layer: calls[layer].gradient_squares(gradient, every_query)[0].cpu()
-                for layer, gradient in zip(heads, gradients, strict=True)
-            }
-            return {layer: rows[0] for layer, rows in tap.rows.items()}, squares
+            # The values have a graph; sums that kept it would hold every sample's activations until the end.
+            with torch.no_grad():
+                squares = {
+                    layer: calls[layer].gradient_squares(gradient, every_query)[0].cpu()
+                    for layer, gradient in zip(heads, gradients, strict=True)
+                }
+            return dict(tap.values), squares
     finally:
         handle.remove()
-
-
-def _detached_rows(layer: int, call: AttentionCall) -> Tensor:
-    with torch.no_grad():
-        return call.rows()
 
 
 def _logits_of(model: nn.Module, sample: ReplaySample) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from seekr_peft.adapters import AdapterStack
 from seekr_peft.heads import HeadSelection
 from seekr_peft.memory import ReplaySample
+from seekr_peft.peak_memory import PeakMemory
 from seekr_peft.scoring import attention_rows, score_heads, signal_targets, teach
 
 EVERY_HEAD = HeadSelection.all(N_LAYERS, N_HEADS)
@@ -151,7 +152,7 @@ def test_scoring_and_teaching_leave_no_trace(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["stack", "continue"])
-@pytest.mark.parametrize("where", ["_rows_and_gradients", "attention_rows", "label_loss"])
+@pytest.mark.parametrize("where", ["_changes_and_gradients", "attention_rows", "label_loss"])
 def test_scoring_leaves_no_trace_after_an_exception(mode: Any, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = used_stack(mode)
     before = state_of(stack)
@@ -194,6 +195,18 @@ def test_rows_of_a_sample_are_the_eager_ones() -> None:
 
 
 # The teacher ----------------------------------------------------------------------------------------------------
+
+
+def test_scoring_needs_no_more_memory_for_more_samples() -> None:
+    peaks = []
+    for n in (1, 6):
+        samples = [make_samples(1)[0]] * n
+        stack = make_stack()
+        with PeakMemory() as memory:
+            scores = score_heads(stack, samples)
+        peaks.append(memory.peak)
+        assert not scores.forgettability.requires_grad and not scores.sensitivity.requires_grad
+    assert peaks[1] < 1.05 * peaks[0]
 
 
 @torch.no_grad()
