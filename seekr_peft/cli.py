@@ -1,4 +1,4 @@
-"""The command line: ``seekr-peft demo | run | report | inspect | export``. Each command is one Python call.
+"""The command line: ``seekr-peft demo | run | doctor | report | inspect | export``. Each command is one Python call.
 
 Heavy imports are inside the commands, so that ``--help`` answers at once.
 """
@@ -69,6 +69,27 @@ def run(
     from .run import run_recipe
 
     run_recipe(recipe, overrides or [], resume=resume)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, as for run", show_default=False)
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GB at hand (default: this machine's GPU, or its RAM).", show_default=False)
+    ] = None,
+) -> None:
+    """Predict the peak memory and the size of the replay memory of RECIPE, before anything is loaded."""
+    _quiet()
+    from rich.console import Console
+
+    from .footprint import render_footprint
+    from .recipe import load_recipe
+
+    fits = render_footprint(load_recipe(recipe, overrides or []), Console(), memory)
+    raise typer.Exit(0 if fits else 1)
 
 
 @app.command()

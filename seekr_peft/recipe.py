@@ -151,6 +151,19 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     return _resolved(recipe)
 
 
+def task_order(recipe: Recipe) -> list[str]:
+    """The names of the recipe's tasks, in order of training; reads file names only."""
+    if recipe.tasks.order:
+        return recipe.tasks.order
+    if recipe.tasks.format == DEMO:
+        from .demo.words import TASK_NAMES
+
+        return list(TASK_NAMES)
+    from .tasks import task_names
+
+    return list(task_names(recipe.tasks.format, Path(str(recipe.tasks.path))))
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML."""
     path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -4,7 +4,7 @@ Importing it loads neither datasets nor torch nor transformers.
 """
 
 from seekr_peft.tasks.formats import FORMATS
-from seekr_peft.tasks.readers import MIXED, find_task_problems, read_tasks
+from seekr_peft.tasks.readers import MIXED, find_task_problems, read_tasks, task_names
 from seekr_peft.tasks.task import METRICS, Task
 from seekr_peft.tasks.tokenize import (
     AnswerCollator,
@@ -26,4 +26,5 @@ __all__ = [
     "find_task_problems",
     "prepare_tokenizer",
     "read_tasks",
+    "task_names",
 ]

@@ -81,7 +81,7 @@ def read_tasks(
     if format == MIXED:
         parts = [name.split("/", 1) for name in order or ()]
         return [_read_task(own, path / own, name, limits, seed) for own, name in parts]
-    names = _default_order(format, _task_names(format, path)) if order is None else order
+    names = _default_order(format, task_names(format, path)) if order is None else order
     return [_read_task(format, path, name, limits, seed) for name in names]
 
 
@@ -98,7 +98,7 @@ def find_task_problems(format: str, path: str | Path, order: Sequence[str] | Non
     path = Path(path)
     if not path.is_dir():
         return [_path_problem(path)]
-    known = _task_names(format, path)
+    known = task_names(format, path)
     if not known:
         return [
             f"The folder '{path}' holds no tasks of the format '{format}'; expected files such as {_example(format)}."
@@ -164,7 +164,7 @@ def _candidates(format: str, path: Path, name: str, split: str) -> list[Path]:
     return [path / name / f"{split}.json"]
 
 
-def _task_names(format: str, path: Path) -> list[str]:
+def task_names(format: str, path: Path) -> list[str]:
     """Names of which at least one split is there, sorted."""
     names: set[str] = set()
     for entry in path.iterdir():

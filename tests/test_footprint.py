@@ -1,0 +1,190 @@
+"""The doctor's prediction against what the same recipe's phases really allocate, on the demo's model."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from small_run import small_recipe
+from transformers import TrainingArguments
+from typer.testing import CliRunner
+
+from seekr_peft import ContinualTrainer, Seekr
+from seekr_peft.cli import app
+from seekr_peft.errors import ConfigError
+from seekr_peft.footprint import Footprint, estimate_footprint, first_knob, render_footprint
+from seekr_peft.memory import TaskMemory
+from seekr_peft.modeling import load_model
+from seekr_peft.peak_memory import PeakMemory
+from seekr_peft.recipe import Recipe, load_recipe
+from seekr_peft.scoring import score_heads
+
+LENGTH, ANSWERS, BATCH = 128, 8, 4
+
+
+def recipe(tmp_path: Path, quantization: str = "nf4", checkpointing: bool = False, **sections: Any) -> Recipe:
+    settings = small_recipe(
+        tmp_path,
+        n_tasks=2,
+        model={"name_or_path": "demo", "quantization": quantization},
+        adapter={"r": 4, "lora_alpha": 8},
+        training={"per_device_train_batch_size": BATCH, "gradient_checkpointing": checkpointing, "max_steps": 2},
+        evaluation={"max_new_tokens": ANSWERS, "batch_size": BATCH},
+        method={
+            "name": "seekr",
+            "replay_ratio": 0.1,
+            "replay_every": 1,
+            "replay_batch_size": 3,
+            "row_top_k": 8,
+            "kept_mass": 1.0,
+        },
+    )
+    return load_recipe({**settings, **sections})
+
+
+def full_length_data(n: int = 40) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 60, (n, LENGTH), generator=generator).tolist()
+    return [{"input_ids": row, "labels": [-100] * (LENGTH - ANSWERS) + row[-ANSWERS:]} for row in rows]
+
+
+def measured(of: Recipe, tmp_path: Path) -> tuple[dict[str, int], int]:
+    """Peak bytes of each phase of the second task above what lies in memory, and the bytes of one replay sample."""
+    model, _ = load_model(of)
+    method = Seekr(model, of.method_config(), directory=tmp_path / "method")
+    data, peaks = full_length_data(), {}
+    for name in ("first", "second"):
+        with method.task(name, replay_from=data):
+            arguments = TrainingArguments(
+                output_dir=str(tmp_path),
+                use_cpu=True,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                max_steps=2,
+                per_device_train_batch_size=BATCH,
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+            )
+            trainer = ContinualTrainer(model=model, method=method, args=arguments, train_dataset=data)
+            trainer.train()
+            if name == "first":
+                continue
+            model.train()
+            batch = {key: torch.tensor([row[key] for row in data[:BATCH]]) for key in ("input_ids", "labels")}
+            model.zero_grad()
+            with PeakMemory() as memory:
+                model(**batch, attention_mask=torch.ones_like(batch["labels"]), use_cache=False).loss.backward()
+            peaks["training"] = memory.peak
+            model.zero_grad()
+            with PeakMemory() as memory, method.replay_terms(model) as terms:
+                terms.total.backward()
+            peaks["replay"] = memory.peak
+            model.zero_grad()
+            with PeakMemory() as memory:
+                score_heads(method.stack, method._samples)
+            peaks["scoring"] = memory.peak
+    model.eval()
+    prompts = torch.randint(3, 60, (BATCH, LENGTH - ANSWERS))
+    with torch.no_grad(), PeakMemory() as memory:
+        model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=ANSWERS,
+            min_new_tokens=ANSWERS,
+            do_sample=False,
+            pad_token_id=0,
+            use_cache=True,
+        )
+    peaks["evaluation"] = memory.peak
+    one, two = (TaskMemory(method.task_directory(i, name)).bytes for i, name in enumerate(("first", "second")))
+    return peaks, max(one, two) // 4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("quantization", "checkpointing"), [("nf4", False), ("none", False), ("nf4", True)])
+def test_each_phase_is_predicted_within_ten_per_cent(tmp_path: Path, quantization: str, checkpointing: bool) -> None:
+    settings = recipe(tmp_path, quantization, checkpointing)
+    footprint = estimate_footprint(settings)
+    peaks, sample_bytes = measured(settings, tmp_path)
+    assert set(peaks) == set(footprint.phases)
+    for phase in ("training", "replay"):
+        assert footprint.phases[phase] == pytest.approx(peaks[phase], rel=0.1), phase
+    for phase in ("scoring", "evaluation"):
+        # Never too small, which matters most, and at most a quarter too large.
+        assert 0.95 * peaks[phase] <= footprint.phases[phase] <= 1.25 * peaks[phase], phase
+    assert footprint.peak == pytest.approx(footprint.resident + max(peaks.values()), rel=0.1)
+    # Entries too small for 8 bits are not stored.
+    assert 0.99 * sample_bytes <= footprint.bytes_per_sample <= 1.2 * sample_bytes
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_base_and_the_adapters_are_predicted(tmp_path: Path, quantization: str) -> None:
+    settings = recipe(tmp_path, quantization)
+    footprint = estimate_footprint(settings)
+    model, _ = load_model(settings)
+    adapter = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+    base = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
+    assert footprint.adapters == 2 * adapter and footprint.optimizer == 2 * adapter
+    assert base <= footprint.base <= 1.3 * base, "the scales and the rotary table come on top"
+
+
+def test_a_7b_model_is_sized_from_its_configuration_alone(tmp_path: Path) -> None:
+    """No weight exists: 6.7e9 parameters, 4.4 GB of them in NF4 with fp32 embeddings and head."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=32_000).save_pretrained(tmp_path / "base")
+    settings = recipe(
+        tmp_path / "run",
+        checkpointing=True,
+        model={"name_or_path": str(tmp_path / "base"), "quantization": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
+        tasks={"format": "demo", "max_train": 5000, "max_length": 512},
+    )
+    footprint = estimate_footprint(settings)
+    four_bit = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert footprint.base == pytest.approx(four_bit * (0.5 + 1 / 64) + 2 * 32_000 * 4096 * 4, rel=0.01)
+
+
+def footprint_of(**phases: int) -> Footprint:
+    return Footprint(10, 1, 1, {"training": 0, **phases}, 2, 1, 1, 2)
+
+
+def test_the_first_knob_acts_on_the_largest_part(tmp_path: Path) -> None:
+    plain, checkpointed = recipe(tmp_path), recipe(tmp_path, checkpointing=True)
+    assert first_knob(footprint_of(training=99), plain) == "training.gradient_checkpointing: true"
+    assert "per_device_train_batch_size" in first_knob(footprint_of(training=99), checkpointed)
+    assert first_knob(footprint_of(evaluation=99), plain) == "evaluation.batch_size"
+    assert first_knob(footprint_of(scoring=99), plain) == "method.query_budget"
+    assert first_knob(footprint_of(replay=99), plain) == "method.replay_batch_size"
+    assert "nf4" in first_knob(footprint_of(training=1), recipe(tmp_path, "none"))
+
+
+def test_it_says_whether_it_fits_and_what_to_turn(tmp_path: Path) -> None:
+    def printed(memory: float) -> tuple[bool, str]:
+        console = Console(file=io.StringIO(), width=120)
+        return render_footprint(recipe(tmp_path), console, memory), console.file.getvalue()  # type: ignore[attr-defined]
+
+    fits, text = printed(24)
+    assert fits and "24.0 GB at hand: fits" in text and "2 tasks of 4 samples" in text
+    fits, text = printed(0.001)
+    assert not fits and "does not fit; the first knob to turn: " in text
+
+
+def test_the_command_exits_with_1_when_it_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {name_or_path: demo}\ntasks: {format: demo, max_train: 20}\n", encoding="utf-8")
+    assert CliRunner().invoke(app, ["doctor", str(path), "--memory", "24"]).exit_code == 0
+    assert CliRunner().invoke(app, ["doctor", str(path), "--memory", "0.001"]).exit_code == 1
+
+
+def test_an_unknown_number_of_samples_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "a" / f"{split}.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")
+    settings = recipe(tmp_path / "run", tasks={"format": "jsonl", "path": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"tasks\.max_train is missing"):
+        estimate_footprint(settings)
+    assert estimate_footprint(settings, n_train=1000).replay_samples == 100
