@@ -14,6 +14,7 @@ from small_run import TASKS, read_json, read_lines, small_recipe
 import seekr_peft.demo.run as demo_module
 from seekr_peft.demo.run import METHODS, demo_recipe, run_demo
 from seekr_peft.errors import RunError
+from seekr_peft.evaluation import AccuracyMatrix
 from seekr_peft.recipe import load_recipe
 
 
@@ -65,6 +66,20 @@ def test_the_page_and_the_table_show_the_three_methods(demo: tuple[Path, str]) -
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         expected = [f"{100 * row[-1]:.1f}" for row in matrix["scores"]]
         assert cells == [method, *expected, f"{100 * matrix['op']:.1f}", f"{100 * matrix['bwt']:+.1f}"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_itself_learns_every_task_and_seekr_keeps_them(tmp_path: Path) -> None:
+    """The recipe that users get; the README has figures over several seeds, one seed is noisy: hence the slack."""
+    run_demo(tmp_path / "demo", Console(file=io.StringIO(), width=160))
+    matrices = {method: AccuracyMatrix.load(tmp_path / "demo" / method) for method in METHODS}
+    for method, matrix in matrices.items():
+        learnt = {name: matrix.score(after=name, on=name) for name in matrix.task_names}
+        assert min(score or 0 for score in learnt.values()) >= 0.95, (method, learnt)
+    operating = {method: matrix.op() for method, matrix in matrices.items()}
+    assert operating["sequential"] < 0.6 and operating["seekr"] > 0.85, operating
+    assert operating["seekr"] > operating["replay"] - 0.02, operating
 
 
 class Stopped(Exception):
