@@ -74,13 +74,12 @@ class InterfaceCall:
     @cached_property
     def inputs(self) -> RowInputs:
         """The selected rows' ingredients."""
-        query = self.query
+        query, n_heads = self.query, self.query.shape[1]
+        if self.heads.numel() < n_heads:
+            query = query.index_select(1, self.heads)
         if not self.queries.every:
             positions = self.queries.positions[:, None, :, None]
             query = query.gather(2, positions.expand(-1, query.shape[1], -1, query.shape[3]))
-        n_heads = query.shape[1]
-        if self.heads.numel() < n_heads:
-            query = query.index_select(1, self.heads)
         allowed, bias = self._masks(self.queries)
         key = head_keys(self.key, self.heads, n_heads)
         return RowInputs(query, key, allowed, bias, self.queries.real, self.scaling)

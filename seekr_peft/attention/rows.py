@@ -264,23 +264,23 @@ def head_keys(key: Tensor, heads: Tensor, n_heads: int) -> Tensor:
 
 
 class _RowKL(torch.autograd.Function):
-    """Keeps q, k and the log-sum-exp for the backward; see ``row_kl``."""
+    """Keeps q, k and two numbers a row for the backward, the log-sum-exp and the mass of the keys that are not stored;
+    see ``row_kl``."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, inputs: RowInputs, teacher: TeacherRows, weights: Tensor
     ) -> Tensor:
         total = weights.new_zeros(())
-        log_sums = []
+        log_sums, other_masses = [], []
         for part in _query_chunks(inputs):
-            logits = _logits(inputs, part)
-            log_sum = logits.logsumexp(dim=-1)
+            per_row, log_sum, others = _coarse_kl(_logits(inputs, part), teacher, part)
             log_sums.append(log_sum)
-            per_row = _coarse_kl(logits, log_sum, teacher, part)
+            other_masses.append(others)
             # 0 * NaN is NaN: a row that does not count may hold anything.
             weight = weights[:, :, part]
             total += (torch.where(weight > 0, per_row, 0) * weight).sum()
-        ctx.save_for_backward(query, key, torch.cat(log_sums, dim=-1))
+        ctx.save_for_backward(query, key, torch.cat(log_sums, dim=-1), torch.cat(other_masses, dim=-1))
         ctx.rest = (inputs.allowed, inputs.bias, inputs.real, inputs.scaling, teacher, weights)
         return total
 
@@ -288,56 +288,67 @@ class _RowKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (outer,) = gradients
-        query, key, log_sum = ctx.saved_tensors
+        query, key, log_sum, others = ctx.saved_tensors
         allowed, bias, real, scaling, teacher, weights = ctx.rest
         inputs = RowInputs(query, key, allowed, bias, real, scaling)
-        query_gradient, key_gradient = _row_kl_gradients(inputs, log_sum, teacher, weights * outer)
+        query_gradient, key_gradient = _row_kl_gradients(inputs, log_sum, others, teacher, weights * outer)
         return query_gradient, key_gradient, None, None, None
 
 
 @outside_autocast
 def _row_kl_gradients(
-    inputs: RowInputs, log_sum: Tensor, teacher: TeacherRows, weights: Tensor
+    inputs: RowInputs, log_sum: Tensor, others: Tensor, teacher: TeacherRows, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     query, key = inputs.query, inputs.key
     dtype = compute_dtype(query)
     query_gradients = []
     key_gradient = torch.zeros(key.shape, dtype=dtype, device=key.device)
     for part in _query_chunks(inputs):
-        logit_gradient = _logit_gradient(_logits(inputs, part), log_sum[..., part], teacher, part)
-        weight = weights[:, :, part, None]
-        logit_gradient *= weight * inputs.scaling
-        logit_gradient.masked_fill_(weight == 0, 0)
+        weight = weights[:, :, part] * inputs.scaling
+        logit_gradient = _logit_gradient(
+            _logits(inputs, part), log_sum[..., part], others[..., part], teacher, part, weight
+        )
         query_gradients.append(logit_gradient @ key.to(dtype))
         key_gradient += logit_gradient.transpose(-1, -2) @ query[:, :, part].to(dtype)
     return torch.cat(query_gradients, dim=2).to(query.dtype), key_gradient.to(key.dtype)
 
 
-def _coarse_kl(logits: Tensor, log_sum: Tensor, teacher: TeacherRows, part: slice) -> Tensor:
-    """KL of each row in nats, (batch, heads, rows); NaN for a row without any allowed key."""
+def _coarse_kl(logits: Tensor, teacher: TeacherRows, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """KL of each row in nats, its log-sum-exp, and the student's mass on the keys that are not stored, (batch, heads,
+    rows) each; NaN for a row without any allowed key. ``logits`` is used up."""
     indices, kept, remaining = _teacher_part(teacher, part)
-    kept_log = (logits.gather(-1, indices) - log_sum[..., None]).masked_fill(kept == 0, 0)
+    kept_logits = logits.gather(-1, indices)
+    top = logits.amax(dim=-1, keepdim=True)
+    rows = logits.sub_(top).exp_()
+    total = rows.sum(dim=-1)
+    log_sum = top.squeeze(-1) + total.log()
+    kept_log = (kept_logits - log_sum[..., None]).masked_fill(kept == 0, 0)
     stored = (torch.special.xlogy(kept, kept) - kept * kept_log).sum(dim=-1)
-    if not remaining.any():
-        return stored
-    others = _others(torch.exp(logits - log_sum[..., None]), indices, kept).sum(dim=-1)
-    tiny = torch.finfo(others.dtype).tiny
-    rest = torch.special.xlogy(remaining, remaining) - remaining * others.clamp_min(tiny).log()
-    return stored + torch.where(remaining > 0, rest, 0)
+    # An entry of probability 0 is absent (batches are padded with index 0), so its key stays among the others: nothing
+    # is subtracted there, where writing a 0 would erase the key. Summed directly, not as a difference from 1.
+    others = rows.scatter_add_(-1, indices, -torch.where(kept > 0, rows.gather(-1, indices), 0)).sum(dim=-1)
+    others = (others / total).clamp_min(torch.finfo(rows.dtype).tiny)
+    rest = torch.special.xlogy(remaining, remaining) - remaining * others.log()
+    return stored + torch.where(remaining > 0, rest, 0), log_sum, others
 
 
-def _logit_gradient(logits: Tensor, log_sum: Tensor, teacher: TeacherRows, part: slice) -> Tensor:
-    """d KL / d logits, (batch, heads, rows, n_keys): softmax * sum(p) - p with the remaining mass spread."""
+def _logit_gradient(
+    logits: Tensor, log_sum: Tensor, others: Tensor, teacher: TeacherRows, part: slice, weight: Tensor
+) -> Tensor:
+    """weight * d KL / d logits, (batch, heads, rows, n_keys). ``logits`` is used up.
+
+    For a student's row s: s * sum(p) - p, where the remaining mass is spread in proportion to the student, so that
+    the other keys get s * (sum(p) - remaining / others).
+    """
     indices, kept, remaining = _teacher_part(teacher, part)
+    share = torch.where(remaining > 0, remaining / others, 0)
     mass = kept.sum(dim=-1) + remaining
-    rows = torch.exp(logits - log_sum[..., None])
-    gradient = rows * mass[..., None]
-    if remaining.any():
-        others = _others(rows, indices, kept)
-        tiny = torch.finfo(others.dtype).tiny
-        share = remaining / others.sum(dim=-1).clamp_min(tiny)
-        gradient -= others * share[..., None]
-    return gradient.scatter_add(-1, indices, -kept)
+    rows = logits.sub_(log_sum[..., None]).exp_()
+    at_stored = torch.where(kept > 0, rows.gather(-1, indices) * share[..., None] - kept, 0)
+    gradient = rows.mul_(((mass - share) * weight)[..., None])
+    gradient.scatter_add_(-1, indices, at_stored * weight[..., None])
+    # A row without any allowed key is NaN.
+    return gradient.masked_fill_((weight == 0)[..., None], 0)
 
 
 def _others(rows: Tensor, indices: Tensor, kept: Tensor) -> Tensor:
@@ -357,11 +368,11 @@ def _teacher_part(teacher: TeacherRows, part: slice) -> tuple[Tensor, Tensor, Te
 
 def _logits(inputs: RowInputs, part: slice) -> Tensor:
     dtype = compute_dtype(inputs.query)
-    logits = inputs.query[:, :, part].to(dtype) @ inputs.key.to(dtype).transpose(-1, -2)
-    logits = logits * inputs.scaling
+    # The queries are scaled, which are fewer numbers than their products.
+    logits = (inputs.query[:, :, part].to(dtype) * inputs.scaling) @ inputs.key.to(dtype).transpose(-1, -2)
     if inputs.bias is not None:
         logits = logits + _rows(inputs.bias, part)
-    return logits.masked_fill(~_rows(inputs.allowed, part), float("-inf"))
+    return logits.masked_fill_(~_rows(inputs.allowed, part), float("-inf"))
 
 
 def _rows(tensor: Tensor, part: slice) -> Tensor:
