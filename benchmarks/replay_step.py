@@ -139,12 +139,32 @@ def measure(length: int, repeats: int, device: str) -> Row:
         peaks[name] = memory.peak
     for _ in range(repeats):
         for name, step in variants.items():
-            _synchronise(device)
+            synchronise(device)
             started = time.perf_counter()
             step()
-            _synchronise(device)
+            synchronise(device)
             seconds[name].append(time.perf_counter() - started)
     return Row(length, {name: statistics.median(times) for name, times in seconds.items()}, peaks, stored, dense)
+
+
+def extra_peak(length: int, device: str) -> int:
+    """Peak bytes that the capture adds to a replay step's forward and backward, apart from its peak elsewhere."""
+    model, sample, heads = build_model(length, "sdpa", device), make_sample(length), selected_heads()
+    batch = _taught_batch(model, sample, heads)[0].to(torch.device(device))
+    teacher = batch.layers
+    calls: dict[int, Any] = {}
+
+    def keep(layer: int, call: Any) -> Tensor:
+        calls[layer] = call
+        return call.query
+
+    with AttentionTap(model, batch.heads, batch.queries, observe=keep):
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    with PeakMemory(device) as memory:
+        losses = [calls[layer].row_kl(teacher[layer].rows, teacher[layer].weights) for layer in teacher]
+        queries = [calls[layer].query for layer in teacher]
+        torch.autograd.grad(torch.stack(losses).sum(), queries)
+    return memory.peak
 
 
 def _taught_batch(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> tuple[ReplayBatch, int, int]:
@@ -164,7 +184,7 @@ def _logits(batch: ReplayBatch) -> Any:
     return batch.logits
 
 
-def _synchronise(device: str) -> None:
+def synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 

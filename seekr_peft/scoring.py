@@ -107,7 +107,9 @@ def teach(
         for sample in samples:
             with AttentionTap(model, heads, queries=sample.queries[None]) as tap:
                 logits, targets = _logits_of(model, sample)
-                rows = _sparse({layer: normalised(rows[0]) for layer, rows in tap.rows.items()}, row_top_k, kept_mass)
+                rows = sparse_rows(
+                    {layer: normalised(rows[0]) for layer, rows in tap.rows.items()}, row_top_k, kept_mass
+                )
             distributions = None
             if logit_top_k:
                 mass = kept_mass if logit_top_k < logits.shape[-1] else 1.0
@@ -174,7 +176,7 @@ def _norm(squares: Tensor, entries: int, norm: Norm) -> Tensor:
     return squares.sqrt() if norm == "frobenius" else squares / entries
 
 
-def _sparse(layers: dict[int, Tensor], row_top_k: int, kept_mass: float) -> dict[int, TeacherRows]:
+def sparse_rows(layers: dict[int, Tensor], row_top_k: int, kept_mass: float) -> dict[int, TeacherRows]:
     """One sample's rows (heads, n_queries, T) by layer, on the CPU; exact when ``row_top_k`` covers every key."""
     if all(row_top_k >= rows.shape[-1] for rows in layers.values()):
         return {layer: _on_cpu(TeacherRows.from_dense(rows)) for layer, rows in layers.items()}

@@ -49,3 +49,33 @@ def test_the_benchmark_prints_ratios_and_writes_json(tmp_path):
     assert set(row["seconds"]) == {"replay + logits", "with attention", "eager attention"}
     assert row["sample_bytes"] > 0
     assert "x " in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_other_figures_are_measured_and_told_from_their_goals(tmp_path):
+    from benchmarks import scoring, storage, task_count, whole_task
+    from benchmarks.__main__ import Figure
+
+    assert Figure("time", 1.2, 1.0, "x").row() == ("time", "x 1.200", "1", "+20 %")
+    assert Figure("size", 0.9, 1.0, "MB").row() == ("size", "0.9 MB", "1", "reached")
+    found = scoring.measure(32, 1, "cpu")
+    assert found["ratio"] > 0.5 and found["scoring_peak"] > found["bare_peak"] > 0
+    assert 0.8e6 < storage.bytes_7b(32_000) < 1e6
+    resident = storage.resident_growth(4)
+    assert resident["bytes"] > 1e6
+    whole = whole_task.measure(16, 4, "cpu", repeats=1)
+    assert whole["to_replay"] == whole["seekr"] / whole["replay"] > 0
+    counted = task_count.measure(2, rank_limit=8)
+    assert counted["tasks"] == 2 and counted["disk_per_task"] > 0 and counted["step_last"] > 0
+
+
+def test_the_kl_of_what_is_stored_is_that_of_a_hand_made_row():
+    from benchmarks.storage import _spread_kl
+    from seekr_peft.attention import TeacherRows
+
+    exact = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
+    stored = TeacherRows(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([0.5]))
+    # Key 3 lies in the future: the remaining half is spread over keys 1 and 2.
+    expected = 0.3 * torch.tensor(0.3 / 0.25).log() + 0.2 * torch.tensor(0.2 / 0.25).log()
+    torch.testing.assert_close(_spread_kl(exact, stored, torch.tensor([3])).float(), expected[None])

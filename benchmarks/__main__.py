@@ -1,0 +1,158 @@
+"""Every figure of the library with its goal and the distance to it, measured in one process.
+
+    python -m benchmarks [--device cuda] [--out FILE.json]
+
+Times are ratios of steps that take turns; peaks count tensors (the allocator's own peak on a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import replay_step, scoring, storage, task_count, whole_task
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table; ``goal`` is the largest value that is good, None where there is none."""
+
+    name: str
+    value: float
+    goal: float | None
+    unit: str = ""
+
+    def row(self) -> tuple[str, str, str, str]:
+        """As text: name, value, goal, distance."""
+        value = f"{self.value:.3g} {self.unit}".rstrip() if self.unit != "x" else f"x {self.value:.3f}"
+        if self.goal is None:
+            return self.name, value, "", ""
+        distance = 100 * (self.value / self.goal - 1)
+        verdict = "reached" if self.value <= self.goal else f"{distance:+.0f} %"
+        return self.name, value, f"{self.goal:g}", verdict
+
+
+def step_figures(device: str, repeats: int) -> tuple[list[Figure], list[replay_step.Row]]:
+    """Time and peak of the replay step, and how the capture's own memory grows."""
+    rows = [replay_step.measure(length, repeats, device) for length in (512, 1024, 2048)]
+    base = rows[1].seconds["replay + logits"], rows[1].peak_bytes["replay + logits"]
+    grown = replay_step.extra_peak(4096, device) / replay_step.extra_peak(512, device)
+    return [
+        Figure("replay step with attention / without, time", rows[1].seconds["with attention"] / base[0], 1.05, "x"),
+        Figure("the same, peak memory", rows[1].peak_bytes["with attention"] / base[1], 1.02, "x"),
+        Figure("eager way / without, time", rows[1].seconds["eager attention"] / base[0], None, "x"),
+        Figure("eager way / without, peak memory", rows[1].peak_bytes["eager attention"] / base[1], None, "x"),
+        Figure("capture's own memory, T = 4096 / T = 512", grown, 8.0, "x"),
+    ], rows
+
+
+def scoring_figures(device: str, repeats: int) -> list[Figure]:
+    """Scoring one sample."""
+    found = scoring.measure(1024, repeats, device)
+    return [
+        Figure("scoring a sample / two forwards and one backward, time", found["ratio"], 1.10, "x"),
+        Figure("the same, peak memory", found["scoring_peak"] / found["bare_peak"], None, "x"),
+    ]
+
+
+def storage_figures(shared: Path) -> list[Figure]:
+    """Bytes and exactness of the stored teacher."""
+    found = storage.measure(shared)
+    figures = [
+        Figure(f"stored per sample at most, 7B shape, vocabulary {vocabulary}", size / 1e6, 1.0, "MB")
+        for vocabulary, size in found["bytes_7b"].items()
+    ]
+    for name, kl in found.items():
+        if name.startswith("kl "):
+            model = name.removeprefix("kl ")
+            figures.append(Figure(f"mean KL of stored rows, {model}, T = 512", kl["rows_kl"], 0.01, "nats"))
+            figures.append(Figure(f"mean KL of stored logits, {model}", kl["logits_kl"], 0.01, "nats"))
+    figures.append(Figure("resident growth on opening a memory / its size", found["resident"]["opened"], 0.05))
+    figures.append(Figure("the same after reading one of 60 samples", found["resident"]["one_sample"], 0.05))
+    return figures
+
+
+def task_figures(device: str) -> list[Figure]:
+    """A whole task, and the growth with the number of tasks."""
+    whole = whole_task.measure(512, 4, device, repeats=1)
+    few, many = (task_count.measure(n, rank_limit=64) for n in (3, 30))
+    return [
+        Figure("a whole task / the same with replay (replay_every 4, T = 512)", whole["to_replay"], 1.10, "x"),
+        Figure("a whole task / plain fine-tuning (replay_every 4, T = 512)", whole["to_sequential"], None, "x"),
+        Figure("training step, 30th task / 3rd (rank_limit 64)", many["step_last"] / few["step_last"], 1.05, "x"),
+        Figure("seconds of the 30th task / 3rd", many["seconds_last"] / few["seconds_last"], 1.05, "x"),
+        Figure("disk per task, 30 tasks / 3 tasks", many["disk_per_task"] / few["disk_per_task"], 1.05, "x"),
+    ]
+
+
+def startup_figures() -> list[Figure]:
+    """Seconds of the import, ``--help`` and the check of a recipe, least of three processes each."""
+    with TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text("model: {name_or_path: demo}\ntasks: {format: demo}\n", encoding="utf-8")
+        command = [str(Path(sys.executable).with_name("seekr-peft"))]
+        runs = {
+            "import seekr_peft": ([sys.executable, "-c", "import seekr_peft"], 0.3),
+            "seekr-peft --help": ([*command, "--help"], 1.0),
+            "seekr-peft run --check": ([*command, "run", str(recipe), "--check"], 1.0),
+        }
+        return [Figure(name, _least_seconds(run), goal, "s") for name, (run, goal) in runs.items()]
+
+
+def _least_seconds(command: list[str]) -> float:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def main() -> None:
+    """Measure, print, and write ``--out``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    shared = Path(os.environ.get("SEEKR_SHARED", "../shared"))
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    console = Console(width=120)
+    startup = startup_figures()
+    steps, rows = step_figures(options.device, options.repeats)
+    console.print(replay_step.table(rows, machine))
+    figures = [*steps, *scoring_figures(options.device, options.repeats), *storage_figures(shared)]
+    figures += [*task_figures(options.device), *startup]
+    table = Table(title=f"Figures and goals, {machine}, torch {torch.__version__}", title_justify="left")
+    for heading in ("figure", "measured", "goal", "distance"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for figure in figures:
+        table.add_row(*figure.row())
+    console.print(table)
+    if options.out:
+        document: dict[str, Any] = {
+            "machine": machine,
+            "torch": torch.__version__,
+            "figures": [vars(figure) for figure in figures],
+            "replay_step": [vars(row) for row in rows],
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
