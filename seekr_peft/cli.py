@@ -59,13 +59,13 @@ def run(
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe; load nothing.")] = False,
 ) -> None:
     """Train the tasks of RECIPE one after another; ends with the accuracy matrix, OP and BWT."""
-    _quiet()
     if check:
         from .recipe import load_recipe
 
         load_recipe(recipe, overrides or [])
         typer.echo(f"{recipe} is fine.")
         return
+    _quiet()
     from .run import run_recipe
 
     run_recipe(recipe, overrides or [], resume=resume)

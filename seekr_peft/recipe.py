@@ -1,7 +1,6 @@
 """Recipes: a YAML file checked in full before anything is loaded, every problem at once. May import ``config``,
-``tasks`` and ``errors``; imports transformers and PEFT only to ask for their settings' names."""
+``library_settings``, ``tasks`` and ``errors``."""
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import SeekrConfig, unknown_key
 from .errors import ConfigError
+from .library_settings import Setting, lora_settings, training_choices, training_settings
 
 MethodName = Literal["sequential", "replay", "seekr"]
 DEMO = "demo"
@@ -263,16 +263,7 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
     training = mapping.get("training", {})
     if not isinstance(training, dict):
         return []
-    from transformers import TrainingArguments
-    from transformers.trainer_utils import IntervalStrategy, SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    choices: dict[str, Any] = {
-        "lr_scheduler_type": SchedulerType,
-        "optim": OptimizerNames,
-        "logging_strategy": IntervalStrategy,
-    }
-    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    fields, choices = training_settings(), training_choices()
     problems = []
     for key, value in training.items():
         if key in _SET_BY_THE_RUN:
@@ -287,8 +278,8 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
             problems.append(f"training.{key} must be a number, got {value!r}.")
         elif type(fields[key].default) is bool and not isinstance(value, bool):
             problems.append(f"training.{key} must be true or false, got {value!r}.")
-        elif key in choices and value not in (names := [str(choice.value) for choice in choices[key]]):
-            problems.append(f"training.{key} must be one of {', '.join(names)}, got {value!r}.")
+        elif key in choices and value not in choices[key]:
+            problems.append(f"training.{key} must be one of {', '.join(choices[key])}, got {value!r}.")
         elif key in _CHECKPOINTING_OPTIONS and isinstance(value, dict) and value.get("use_reentrant"):
             problems.append(
                 f"training.{key}: use_reentrant must be false, got {value['use_reentrant']!r}; under reentrant "
@@ -297,18 +288,16 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _is_whole(field: Any) -> bool:
+def _is_whole(field: Setting) -> bool:
     # warmup_steps has a whole default and takes shares too.
-    return type(field.default) is int and "float" not in str(field.type)
+    return type(field.default) is int and "float" not in field.annotation
 
 
 def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
     adapter = mapping.get("adapter", {})
     if not isinstance(adapter, dict):
         return []
-    from peft import LoraConfig
-
-    known = [field.name for field in dataclasses.fields(LoraConfig)]
+    known = list(lora_settings())
     own = list(AdapterSection.model_fields)
     problems = [unknown_key(key, [*own, *known], "adapter.") for key in adapter if key not in (*own, *known)]
     r, alpha, dropout = adapter.get("r", 1), adapter.get("lora_alpha", 1), adapter.get("lora_dropout", 0.0)

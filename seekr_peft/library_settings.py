@@ -1,0 +1,91 @@
+"""Names, defaults and choices of TrainingArguments' and LoraConfig's settings, read from their source files.
+
+Importing the two takes 5 seconds (they load torch), and a typing mistake in a recipe should be told at once. A test
+compares what is read with the classes themselves (transformers 5.23, PEFT 0.21). May import ``errors`` only.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a dataclass: its annotation as written, and its default where that is a literal (else None)."""
+
+    annotation: str
+    default: Any
+
+
+@cache
+def training_settings() -> dict[str, Setting]:
+    """The fields of ``transformers.TrainingArguments``."""
+    return _fields(_class("transformers", "training_args.py", "TrainingArguments"))
+
+
+@cache
+def lora_settings() -> dict[str, Setting]:
+    """The fields of ``peft.LoraConfig``, inherited ones as well."""
+    parts = (
+        ("config.py", "PeftConfigMixin"),
+        ("config.py", "PeftConfig"),
+        ("tuners/lora/config.py", "LoraConfig"),
+    )
+    fields: dict[str, Setting] = {}
+    for file, name in parts:
+        fields |= _fields(_class("peft", file, name))
+    return fields
+
+
+@cache
+def training_choices() -> dict[str, list[str]]:
+    """The values of those settings that are enumerations, by the setting's name."""
+    enumerations = {
+        "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
+        "optim": ("training_args.py", "OptimizerNames"),
+        "logging_strategy": ("trainer_utils.py", "IntervalStrategy"),
+    }
+    return {
+        setting: [
+            str(node.value.value)
+            for node in _class("transformers", file, name).body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        ]
+        for setting, (file, name) in enumerations.items()
+    }
+
+
+def _class(package: str, file: str, name: str) -> ast.ClassDef:
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise ImportError(f"{package} is not installed")
+    tree = _tree(Path(found.origin).parent / file)
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _fields(node: ast.ClassDef) -> dict[str, Setting]:
+    return {
+        part.target.id: Setting(ast.unparse(part.annotation), _default(part.value))
+        for part in node.body
+        if isinstance(part, ast.AnnAssign)
+        and isinstance(part.target, ast.Name)
+        and "ClassVar" not in ast.unparse(part.annotation)
+    }
+
+
+def _default(value: ast.expr | None) -> Any:
+    if isinstance(value, ast.Call):
+        value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+    if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.USub) and isinstance(value.operand, ast.Constant):
+        return -value.operand.value  # type: ignore[operator]
+    return value.value if isinstance(value, ast.Constant) else None
