@@ -118,9 +118,9 @@ def test_an_sft_step_replays_with_logits_and_attention(
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert moved == own
     assert len(logs) == 4
-    # At the first step the fresh adapter changes nothing, so the teacher is met up to its stored half precision.
+    # At the first step the fresh adapter changes nothing, so the teacher is met up to its stored eight bits.
     assert all(entry["replay_loss"] > 0.1 for entry in logs)
-    assert logs[0]["attention_loss"] < 1e-5 and logs[0]["logits_loss"] < 1e-3
+    assert logs[0]["attention_loss"] < 2e-4 and logs[0]["logits_loss"] < 1e-3
     assert all(logs[3][name] > 1e-4 for name in TERMS)
     assert "mean_token_accuracy" in logs[0]
     assert method.task_names == [task.name for task in tasks]
