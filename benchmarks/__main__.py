@@ -52,6 +52,13 @@ def step_figures(device: str, repeats: int) -> tuple[list[Figure], list[replay_s
     grown = replay_step.extra_peak(4096, device) / replay_step.extra_peak(512, device)
     return [
         Figure("replay step with attention / without, time", rows[1].seconds["with attention"] / base[0], 1.05, "x"),
+        Figure("the same on one thread", replay_step.time_ratio(1024, repeats, device, threads=1), 1.05, "x"),
+        Figure(
+            "the same, hidden size 1024 x 4 layers",
+            replay_step.time_ratio(1024, 3, device, replay_step.WIDE),
+            1.05,
+            "x",
+        ),
         Figure("the same, peak memory", rows[1].peak_bytes["with attention"] / base[1], 1.02, "x"),
         Figure("eager way / without, time", rows[1].seconds["eager attention"] / base[0], None, "x"),
         Figure("eager way / without, peak memory", rows[1].peak_bytes["eager attention"] / base[1], None, "x"),
@@ -88,11 +95,12 @@ def storage_figures(shared: Path) -> list[Figure]:
 def task_figures(device: str) -> list[Figure]:
     """A whole task, and the growth with the number of tasks."""
     whole = whole_task.measure(512, 4, device, repeats=1)
-    few, many = (task_count.measure(n, rank_limit=64) for n in (3, 30))
+    few, ten, many = (task_count.measure(n, rank_limit=64) for n in (3, 10, 30))
     return [
         Figure("a whole task / the same with replay (replay_every 4, T = 512)", whole["to_replay"], 1.10, "x"),
         Figure("a whole task / plain fine-tuning (replay_every 4, T = 512)", whole["to_sequential"], None, "x"),
         Figure("training step, 30th task / 3rd (rank_limit 64)", many["step_last"] / few["step_last"], 1.05, "x"),
+        Figure("training step, 10th task / 3rd", ten["step_last"] / few["step_last"], 1.05, "x"),
         Figure("seconds of the 30th task / 3rd", many["seconds_last"] / few["seconds_last"], 1.05, "x"),
         Figure("disk per task, 30 tasks / 3 tasks", many["disk_per_task"] / few["disk_per_task"], 1.05, "x"),
     ]

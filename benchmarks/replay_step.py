@@ -33,9 +33,20 @@ from seekr_peft.memory import ReplayBatch, ReplaySample, TaskMemory, collate, dr
 from seekr_peft.peak_memory import PeakMemory
 from seekr_peft.scoring import teach
 
-LAYERS, HEADS = 8, 8
 QUERIES = 100
 ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the random Llama that is measured."""
+
+    layers: int
+    heads: int
+    hidden: int
+
+
+SMALL, WIDE = Shape(8, 8, 256), Shape(4, 16, 1024)
 
 
 @dataclass(frozen=True)
@@ -49,16 +60,16 @@ class Row:
     sample_bytes_dense: int
 
 
-def build_model(length: int, implementation: str, device: str) -> nn.Module:
-    """A random Llama (8 layers, 8 heads, hidden 256) with LoRA on every linear layer."""
+def build_model(length: int, implementation: str, device: str, shape: Shape = SMALL) -> nn.Module:
+    """A random Llama with LoRA on every linear layer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.hidden * 43 // 16,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
         max_position_embeddings=length,
         attn_implementation=implementation,
     )
@@ -66,10 +77,10 @@ def build_model(length: int, implementation: str, device: str) -> nn.Module:
     return get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
 
 
-def selected_heads() -> HeadSelection:
+def selected_heads(shape: Shape = SMALL) -> HeadSelection:
     """12.5 % of the heads in 75 % of the layers, spread."""
-    layers = range(LAYERS - round(0.75 * LAYERS), LAYERS)
-    count = round(0.125 * LAYERS * HEADS)
+    layers = range(shape.layers - round(0.75 * shape.layers), shape.layers)
+    count = round(0.125 * shape.layers * shape.heads)
     heads: dict[int, list[int]] = {}
     for i in range(count):
         heads.setdefault(layers[i % len(layers)], []).append(i // len(layers))
@@ -145,6 +156,28 @@ def measure(length: int, repeats: int, device: str) -> Row:
             synchronise(device)
             seconds[name].append(time.perf_counter() - started)
     return Row(length, {name: statistics.median(times) for name, times in seconds.items()}, peaks, stored, dense)
+
+
+def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, threads: int | None = None) -> float:
+    """Median time of the step with attention distillation over that without, in turns."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        model, heads = build_model(length, "sdpa", device, shape), selected_heads(shape)
+        batch = _taught_batch(model, make_sample(length), heads)[0].to(torch.device(device))
+        steps = (lambda: replay_with_logits(model, batch).backward(), lambda: with_attention(model, batch))
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for repeat in range(repeats + 1):
+            for step, times in zip(steps, seconds, strict=True):
+                synchronise(device)
+                started = time.perf_counter()
+                step()
+                synchronise(device)
+                if repeat:  # the first is a warm-up
+                    times.append(time.perf_counter() - started)
+        return statistics.median(seconds[1]) / statistics.median(seconds[0])
+    finally:
+        torch.set_num_threads(before)
 
 
 def extra_peak(length: int, device: str) -> int:

@@ -1,8 +1,13 @@
-"""Bytes and exactness of what is stored, and what reading it costs."""
+"""Bytes and exactness of what is stored, and what reading it costs.
+
+python -m benchmarks.storage RUN  # what a finished run stored of its first task
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +18,7 @@ from torch import Tensor
 from benchmarks.replay_step import make_sample
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention import TeacherRows
+from seekr_peft.forward import answer_logits
 from seekr_peft.losses import TeacherDistributions
 from seekr_peft.memory import TaskMemory, TeacherSignals, draw_queries, estimate_bytes
 from seekr_peft.memory.codec import SparseRows, pack, unpack
@@ -47,7 +53,7 @@ def kl_of_stored(folder: Path, text: str, length: int) -> dict[str, float]:
     kept = sparse_rows(exact, config.row_top_k, config.kept_mass)
     rows = [(exact[layer], _round_trip(kept[layer], True, config), queries + 1) for layer in exact]
     row_kl = torch.cat([_spread_kl(dense, stored, visible).flatten() for dense, stored, visible in rows]).mean()
-    answers = TeacherDistributions.from_logits(logits, config.logit_top_k, config.kept_mass)
+    answers = TeacherDistributions.from_logits(logits, config.logit_top_k)
     stored = _round_trip(TeacherRows(**vars(answers)), False, config)
     probabilities = logits.softmax(-1)
     n_tokens = torch.full((len(queries),), logits.shape[-1])
@@ -56,6 +62,43 @@ def kl_of_stored(folder: Path, text: str, length: int) -> dict[str, float]:
         "rows_entropy": float(torch.cat([_entropy(dense).flatten() for dense in exact.values()]).mean()),
         "logits_kl": float(_spread_kl(probabilities, stored, n_tokens).mean()),
         "logits_entropy": float(_entropy(probabilities).mean()),
+    }
+
+
+def kl_of_run(run: Path) -> dict[str, float]:
+    """The same for what a finished run stored of its first task: its own samples, answers and selected heads."""
+    from peft import PeftModel
+
+    from seekr_peft.modeling import load_model
+    from seekr_peft.quantized import keep_differentiable
+    from seekr_peft.recipe import load_recipe
+
+    folder = min((run / "tasks").iterdir())
+    model, _ = load_model(load_recipe(run / "recipe.yaml"))
+    model = PeftModel.from_pretrained(model.unload(), folder / "adapter").eval()
+    # The teacher was recorded without the rounding that bitsandbytes adds in eval mode on some CPUs.
+    keep_differentiable(model)
+    memory = TaskMemory(folder)
+    rows, row_entropies, answers, answer_entropies = [], [], [], []
+    for index in range(len(memory)):
+        sample, signals = memory.sample(index), memory.signals(index)
+        ids = sample.input_ids[None]
+        with torch.no_grad(), AttentionTap(model, memory.selection, queries=sample.queries[None]) as tap:
+            logits, _ = answer_logits(model, ids, torch.ones_like(ids), sample.labels[None])
+        for layer, exact in tap.rows.items():
+            rows.append(_spread_kl(exact[0], signals.rows[layer], sample.queries + 1).flatten())
+            row_entropies.append(_entropy(exact[0]).flatten())
+        assert signals.logits is not None
+        probabilities = logits.softmax(-1)
+        stored = TeacherRows(**vars(signals.logits))
+        answers.append(_spread_kl(probabilities, stored, torch.full((len(logits),), logits.shape[-1])))
+        answer_entropies.append(_entropy(probabilities))
+    return {
+        "rows_kl": float(torch.cat(rows).mean()),
+        "rows_entropy": float(torch.cat(row_entropies).mean()),
+        "logits_kl": float(torch.cat(answers).mean()),
+        "logits_entropy": float(torch.cat(answer_entropies).mean()),
+        "bytes_per_sample": memory.bytes / len(memory),
     }
 
 
@@ -126,3 +169,7 @@ def measure(shared: Path) -> dict[str, Any]:
             text = text_file.read_text(encoding="utf-8")[:50_000]
             found[f"kl {name}"] = kl_of_stored(shared / "models" / name, text, 512)
     return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(kl_of_run(Path(sys.argv[1])), indent=2))

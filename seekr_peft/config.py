@@ -85,10 +85,10 @@ class SeekrConfig:
     The rest of a row is stored as one remaining mass. Nothing is left out when it covers every key."""
 
     logit_top_k: int = 64
-    """Entries stored per teacher distribution over the vocabulary at most, plus the remaining mass."""
+    """Entries stored per teacher distribution over the vocabulary, plus the remaining mass."""
 
     kept_mass: float = 0.995
-    """Share of a row's or distribution's mass beyond which no more entries are stored, in (0, 1]."""
+    """Share of an attention row's mass beyond which no more of its entries are stored, in (0, 1]."""
 
     storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
     """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact."""

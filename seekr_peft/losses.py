@@ -28,14 +28,11 @@ class TeacherDistributions:
     remaining: Tensor
 
     @classmethod
-    def from_logits(cls, logits: Tensor, top_k: int, kept_mass: float = 1.0) -> TeacherDistributions:
-        """The ``top_k`` largest probabilities of ``logits`` (n_answer, vocabulary), or as few as hold a share
-        ``kept_mass``; exact when k covers the vocabulary and ``kept_mass`` is 1."""
+    def from_logits(cls, logits: Tensor, top_k: int) -> TeacherDistributions:
+        """The ``top_k`` largest probabilities of ``logits`` (n_answer, vocabulary); exact when k covers it."""
         probabilities = logits.double().softmax(dim=-1)
         kept, indices = probabilities.topk(min(top_k, logits.shape[-1]), dim=-1)
-        if kept_mass < 1:
-            kept = torch.where(kept.cumsum(dim=-1) - kept >= kept_mass, 0, kept)
-        elif top_k >= logits.shape[-1]:
+        if top_k >= logits.shape[-1]:
             return cls(indices, kept, torch.zeros_like(kept[:, 0]))
         return cls(indices, kept, (1 - kept.sum(dim=-1)).clamp_min(0))
 

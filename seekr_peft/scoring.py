@@ -96,8 +96,8 @@ def teach(
         heads: Whose rows to keep; empty for none.
         row_top_k: Entries kept per row, on average over a sample's rows; one row has at most ``_BROADEST`` times as
             many.
-        logit_top_k: Entries kept of each answer distribution at most; 0 keeps no logits.
-        kept_mass: Share of a row's or distribution's mass beyond which no more entries are kept.
+        logit_top_k: Entries kept of each answer distribution; 0 keeps no logits.
+        kept_mass: Share of a row's mass beyond which no more of its entries are kept.
 
     Returns:
         The signals on the CPU, the mean loss and the mean answer entropy, both in nats per answer token.
@@ -112,8 +112,7 @@ def teach(
                 )
             distributions = None
             if logit_top_k:
-                mass = kept_mass if logit_top_k < logits.shape[-1] else 1.0
-                distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k, mass)
+                distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k)
             signals.append(TeacherSignals(rows, distributions))
             losses.append(label_loss(logits, targets).cpu() * len(targets))
             entropies.append(answer_entropy(logits).sum().cpu())

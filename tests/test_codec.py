@@ -12,7 +12,6 @@ from torch import Tensor
 
 from seekr_peft.attention import TeacherRows
 from seekr_peft.attention.rows import keep_largest
-from seekr_peft.losses import TeacherDistributions
 from seekr_peft.memory.codec import LOG_STEP, SparseRows, pack, unpack
 
 WIDTHS = st.sampled_from([1, 3, 200, 255, 256, 257, 511, 5000, 40_000])
@@ -127,11 +126,3 @@ def test_the_largest_entries_of_all_rows_together_are_kept(per_row: int, seed: i
     assert left == pytest.approx(wanted, rel=1e-6)
     for rows in found.values():
         torch.testing.assert_close(rows.probabilities.sum(-1) + rows.remaining, torch.ones(3, 4))
-
-
-def test_a_distribution_keeps_the_fewest_tokens_that_hold_its_mass() -> None:
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    found = TeacherDistributions.from_logits(logits, 3, kept_mass=0.6)
-    assert found.probabilities[0].tolist() == pytest.approx([0.5, 0.3, 0.0])
-    assert float(found.remaining) == pytest.approx(0.2)
-    assert (TeacherDistributions.from_logits(logits, 4).probabilities > 0).all()
