@@ -134,7 +134,7 @@ def measure(length: int, repeats: int, device: str) -> Row:
     """Time and peak memory of each variant's forward and backward at one length, batch 1."""
     sdpa, eager = build_model(length, "sdpa", device), build_model(length, "eager", device)
     sample, heads = make_sample(length), selected_heads()
-    batch, stored, dense = _taught_batch(sdpa, sample, heads)
+    batch, stored, dense = taught_batch(sdpa, sample, heads)
     batch = batch.to(torch.device(device))
     variants: dict[str, Callable[[], object]] = {
         "replay + logits": lambda: replay_with_logits(sdpa, batch).backward(),
@@ -164,7 +164,7 @@ def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, thr
     torch.set_num_threads(threads or before)
     try:
         model, heads = build_model(length, "sdpa", device, shape), selected_heads(shape)
-        batch = _taught_batch(model, make_sample(length), heads)[0].to(torch.device(device))
+        batch = taught_batch(model, make_sample(length), heads)[0].to(torch.device(device))
         steps = (lambda: replay_with_logits(model, batch).backward(), lambda: with_attention(model, batch))
         seconds: tuple[list[float], list[float]] = ([], [])
         for repeat in range(repeats + 1):
@@ -183,7 +183,7 @@ def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, thr
 def extra_peak(length: int, device: str) -> int:
     """Peak bytes that the capture adds to a replay step's forward and backward, apart from its peak elsewhere."""
     model, sample, heads = build_model(length, "sdpa", device), make_sample(length), selected_heads()
-    batch = _taught_batch(model, sample, heads)[0].to(torch.device(device))
+    batch = taught_batch(model, sample, heads)[0].to(torch.device(device))
     teacher = batch.layers
     calls: dict[int, Any] = {}
 
@@ -200,7 +200,7 @@ def extra_peak(length: int, device: str) -> int:
     return memory.peak
 
 
-def _taught_batch(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> tuple[ReplayBatch, int, int]:
+def taught_batch(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> tuple[ReplayBatch, int, int]:
     """The replay batch as read back from disk, its bytes there, and the bytes of dense float32 rows and logits."""
     config = SeekrConfig()
     signals, _, _ = teach(model, [sample], heads, config.row_top_k, config.logit_top_k, config.kept_mass)

@@ -1,0 +1,126 @@
+"""Where the time of one replay step goes, and the floor: operations and bytes that it cannot do without.
+
+python -m benchmarks.profile_step [--length 1024] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.replay_step import (
+    QUERIES,
+    SMALL,
+    build_model,
+    make_sample,
+    replay_with_logits,
+    selected_heads,
+    taught_batch,
+    with_attention,
+)
+from seekr_peft import AttentionTap
+
+
+def seconds_by_part(length: int, repeats: int) -> dict[str, float]:
+    """Medians of steps that each do one thing more than the one before; the variants take turns."""
+    model = build_model(length, "sdpa", "cpu")
+    batch = taught_batch(model, make_sample(length), selected_heads())[0]
+
+    def tapped(observe: Callable[[int, Any], torch.Tensor]) -> None:
+        with AttentionTap(model, batch.heads, batch.queries, observe=observe):
+            replay_with_logits(model, batch).backward()
+
+    steps: dict[str, Callable[[], object]] = {
+        "replay + logits": lambda: replay_with_logits(model, batch).backward(),
+        "+ hooks and the tapped call": lambda: tapped(lambda layer, call: call.query),
+        "+ selecting q, k and the mask": lambda: tapped(lambda layer, call: call.inputs.query),
+        "+ row KL, forward": lambda: tapped(
+            lambda layer, call: call.row_kl(batch.layers[layer].rows, batch.layers[layer].weights)
+        ),
+        "+ row KL, backward": lambda: with_attention(model, batch),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def floor(length: int) -> dict[str, float]:
+    """Operations of the step without and of the capture, and bytes that the capture must move.
+
+    Frozen weights: a forward and a gradient of the activations, 2 operations a weight and token each. The capture
+    multiplies q k^T twice (the backward recomputes it) and two gradients; its numbers are read and written once in
+    each pass.
+    """
+    shape = SMALL
+    weights = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * (shape.hidden * 43 // 16))
+    head_dim = shape.hidden // shape.heads
+    n_heads = selected_heads(shape).n_heads
+    attention = 3.5 * 4 * shape.layers * length**2 / 2 * shape.hidden  # causal; the backward does 2.5 times the forward
+    logits = n_heads * QUERIES * length
+    return {
+        "step_operations": 4 * weights * length + attention,
+        "capture_operations": 4 * 2 * logits * head_dim,
+        "capture_bytes": 2 * 2 * 4 * logits + 2 * 4 * n_heads * (QUERIES + length) * head_dim,
+    }
+
+
+def machine_speed(size: int = 768, repeats: int = 20) -> tuple[float, float]:
+    """Operations a second of a float32 matrix product, and bytes a second of a copy, at best."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    source = torch.randn(2**24)
+    products, copies = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ b
+        products.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        source.clone()
+        copies.append(time.perf_counter() - started)
+    return 2 * size**3 / min(products), 2 * source.nbytes / min(copies)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    parts = seconds_by_part(options.length, options.repeats)
+    needed, (operations, bandwidth) = floor(options.length), machine_speed()
+    console = Console(width=110)
+    table = Table(title=f"One replay step, T = {options.length}, {options.threads} thread(s)", title_justify="left")
+    for heading in ("part", "ms", "share of the step without"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    base = previous = parts["replay + logits"]
+    for name, total in parts.items():
+        own = total if total == base else total - previous
+        table.add_row(name, f"{1000 * own:.1f}", f"{100 * own / base:.1f} %")
+        previous = total
+    console.print(table)
+    floor_step = needed["step_operations"] / operations
+    floor_capture = max(needed["capture_operations"] / operations, needed["capture_bytes"] / bandwidth)
+    console.print(
+        f"machine: {operations / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n"
+        f"step without: {needed['step_operations'] / 1e9:.1f} GFLOP, floor {1000 * floor_step:.0f} ms, "
+        f"measured x {base / floor_step:.1f}\n"
+        f"capture: {needed['capture_operations'] / 1e9:.2f} GFLOP and {needed['capture_bytes'] / 1e6:.1f} MB, "
+        f"floor {1000 * floor_capture:.1f} ms, measured x {(previous - base) / floor_capture:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
