@@ -25,6 +25,7 @@ from .attention.rows import CHUNK_BYTES
 from .attention.support import attention_modules, head_shape
 from .config import SeekrConfig, budget_count
 from .errors import ConfigError
+from .forward import evaluation_mode
 from .memory import ReplaySample, draw_queries, estimate_bytes, replay_count
 from .modeling import CHECKPOINTING, compute_dtype, resolve_name
 from .peak_memory import PeakMemory
@@ -111,7 +112,7 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
         per_sample = _sample_bytes(recipe, model, method, sample, n_heads)
         phases["replay"] = _replay(recipe, model, length, answers, n_heads, n_samples * (n_tasks - 1))
         if recipe.method_name == "seekr" and method.attention_distillation:
-            phases["scoring"] = _scoring(model, sample, length, answers)
+            phases["scoring"] = _scoring(recipe, model, sample, length, answers)
     phases["evaluation"] = _evaluation(recipe, model, length)
     return Footprint(
         base, adapters, optimizer, phases, n_tasks, n_samples, per_sample, n_tasks * n_samples * per_sample
@@ -401,9 +402,8 @@ def _replay(recipe: Recipe, model: Any, length: int, answers: int, n_heads: int,
     return step + batch_size * kept + masks + rows
 
 
-def _scoring(model: Any, sample: ReplaySample, length: int, answers: int) -> int:
+def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, length: int, answers: int) -> int:
     """One sample: the rows of every head before the task, and the backward to each layer's attention."""
-    model.eval()
     n_layers, n_heads = len(attention_modules(model)), head_shape(model)[1]
     embeddings = model.get_input_embeddings()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -411,15 +411,19 @@ def _scoring(model: Any, sample: ReplaySample, length: int, answers: int) -> int
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
-        with PeakMemory() as memory:
+        with evaluation_mode(model, checkpointing=True), PeakMemory() as memory:
             _answer_loss(model, _tokens(1, length), answers).backward()
     finally:
         handle.remove()
         for parameter in parameters:
             parameter.requires_grad_(True)
-    # All layers' rows from before the task, and one layer's logits and rows after it.
+    # The rows from before the task are all there when the second forward begins and are dropped layer by layer.
     rows = n_heads * len(sample.queries) * length * 4
-    return memory.peak + (n_layers + 2) * rows
+    # Each layer's q, k, v and output, which the gradients are made from: checkpointing does not drop them.
+    checkpointed = any(recipe.training.get(name) for name in CHECKPOINTING)
+    size = compute_dtype(recipe.model).itemsize
+    kept = 4 * n_layers * n_heads * _head_dim(model) * length * size if checkpointed else 0
+    return max(memory.peak // 2 + (n_layers + 2) * rows, memory.peak + kept + 3 * rows)
 
 
 def _evaluation(recipe: Recipe, model: Any, length: int) -> int:

@@ -30,15 +30,29 @@ def answer_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, l
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; each module's own mode is restored on exit."""
+def evaluation_mode(model: nn.Module, checkpointing: bool = False) -> Iterator[None]:
+    """Dropout off inside; each module's own mode is restored on exit.
+
+    With ``checkpointing``, layers for which activation checkpointing was switched on keep it for a backward inside
+    (transformers recomputes only layers in training mode), unless they apply dropout themselves.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    if checkpointing:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) and not _own_dropout(module):
+                # The layer alone: what is inside it stays in evaluation mode.
+                module.training = True
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _own_dropout(module: nn.Module) -> bool:
+    """Whether a layer may drop values in its own forward: some (OPT) keep a rate, not a Dropout module."""
+    return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -57,7 +57,7 @@ def score_heads(
     n_layers, n_heads = head_shape(model)
     heads = HeadSelection({layer: range(n_heads) for layer in attention_modules(model)})
     scores = torch.zeros(2, n_layers, n_heads, dtype=torch.float64)
-    with evaluation_mode(model), stack.frozen():
+    with evaluation_mode(model, checkpointing=True), stack.frozen():
         for sample in samples:
             with stack.before_task(), torch.no_grad():
                 before = attention_rows(model, sample, heads)
@@ -141,6 +141,9 @@ def _changes_and_gradients(
     handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
     def change(layer: int, call: AttentionCall) -> Tensor:
+        if layer not in before:
+            # Activation checkpointing recomputes the layer; the value of the first time counts.
+            return torch.zeros(len(heads[layer]))
         with torch.no_grad():
             return (call.rows()[0] - before.pop(layer)).square().sum(dim=(-1, -2))
 

@@ -197,6 +197,23 @@ def test_rows_of_a_sample_are_the_eager_ones() -> None:
 # The teacher ----------------------------------------------------------------------------------------------------
 
 
+def test_under_checkpointing_the_scores_are_the_same_for_less_memory() -> None:
+    found, peaks = [], []
+    for checkpointing in (False, True):
+        stack = make_stack()
+        if checkpointing:
+            stack.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        modes = [module.training for module in stack.model.modules()]
+        with PeakMemory() as memory:
+            found.append(score_heads(stack, make_samples(2)))
+        peaks.append(memory.peak)
+        assert modes == [module.training for module in stack.model.modules()]
+    for name in ("forgettability", "sensitivity"):
+        torch.testing.assert_close(getattr(found[1], name), getattr(found[0], name), rtol=1e-5, atol=0)
+    assert found[0].sensitivity.min() > 0
+    assert peaks[1] < 0.95 * peaks[0], "on so small a model the rows are most of it"
+
+
 def test_scoring_needs_no_more_memory_for_more_samples() -> None:
     peaks = []
     for n in (1, 6):
