@@ -134,6 +134,26 @@ def test_everything_is_restored_after_an_error(model, tokenizer, monkeypatch):
     assert model.generation_config is own
 
 
+@pytest.mark.parametrize("fitting", [1, 2, 3])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(model, tokenizer, monkeypatch, caplog, fitting):
+    expected = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=len(PROMPTS))
+    generate, sizes = model.generate, []
+
+    def cramped(input_ids, **rest):
+        if len(input_ids) > fitting:
+            raise torch.cuda.OutOfMemoryError("no room")
+        sizes.append(len(input_ids))
+        return generate(input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(model, "generate", cramped)
+    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=len(PROMPTS)) == expected
+    assert sum(sizes) == len(PROMPTS) and max(sizes) <= fitting
+    assert "do not fit into memory" in caplog.text
+    monkeypatch.setattr(model, "generate", lambda **rest: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("none")))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4)
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_sampling_settings_of_a_chat_model_neither_matter_nor_warn(model, tokenizer, caplog, adapter):
     expected = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6)

@@ -6,6 +6,7 @@ functions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from seekr_peft.tasks.tokenize import (
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def generate_answers(
 
     The model, plain or a PeftModel, is in eval mode meanwhile; every module's mode and the config's
     `use_cache` are as before afterwards. Prompts are batched by length, which changes the speed
-    only: the answers come in the order of the prompts.
+    only: the answers come in the order of the prompts. A batch that does not fit into the GPU's
+    memory is halved until it does.
 
     Args:
         max_new_tokens: tokens of an answer at most.
@@ -101,12 +105,37 @@ def generate_answers(
     answers = [""] * len(ids)
     with _answering(model):
         config = _greedy(tokenizer, max_new_tokens)
-        for start in range(0, len(ids), batch_size):
-            batch = longest_first[start : start + batch_size]
-            texts = _generate_batch(model, tokenizer, [ids[index] for index in batch], config)
-            for index, text in zip(batch, texts, strict=True):
+        while longest_first:
+            batch = longest_first[:batch_size]
+            texts = _fitting_batch(model, tokenizer, [ids[index] for index in batch], config)
+            # Shorter prompts follow, so what fitted once goes on fitting.
+            batch_size = len(texts)
+            for index, text in zip(batch, texts, strict=False):
                 answers[index] = text
+            longest_first = longest_first[batch_size:]
     return answers
+
+
+def _fitting_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: GenerationConfig) -> list[str]:
+    """Answers to as many of the first prompts as fit into memory: all of them, or a half, a quarter ... of them."""
+    import torch
+
+    while True:
+        try:
+            return _generate_batch(model, tokenizer, ids, config)
+        except torch.cuda.OutOfMemoryError:
+            if len(ids) == 1:
+                raise
+            logger.warning(
+                "evaluation: %d prompts of %d tokens do not fit into memory, going on with %d; set "
+                "evaluation.batch_size to that to save the attempt.",
+                len(ids),
+                len(ids[0]),
+                len(ids) // 2,
+            )
+        # Outside of the handler, which would keep the failed batch alive.
+        ids = ids[: len(ids) // 2]
+        torch.cuda.empty_cache()
 
 
 def _generate_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: GenerationConfig) -> list[str]:
