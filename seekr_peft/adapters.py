@@ -183,6 +183,10 @@ class AdapterStack:
         """The current task's adapter parameters by module path."""
         return self._parameters_of(self._require_current())
 
+    def earlier_parameters(self) -> dict[str, Tensor]:
+        """The frozen sum of the earlier adapters by module path, the scalings inside A; empty when there is none."""
+        return {key: value for name in self._frozen_names() for key, value in self._parameters_of(name).items()}
+
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that does not hold exactly the current adapter's parameters.
 

@@ -93,6 +93,15 @@ class SeekrConfig:
     storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
     """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact."""
 
+    ewc_lambda: float = 1000.0
+    """Method ewc: weight of the penalty; chosen, not tuned."""
+
+    ewc_samples: int = 64
+    """Method ewc: training samples that a task's Fisher information is estimated from."""
+
+    olora_lambda: float = 0.5
+    """Method olora: weight of the orthogonality penalty, as in the O-LoRA paper (arXiv 2310.14152)."""
+
     sample_selection: SampleSelection = "random"
     """Which training samples become replay samples: "random" (seeded, as in the paper) or the "first" ones (as in the
     released code). ``Seekr(select_samples=...)`` takes any function."""
@@ -202,6 +211,9 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "row_top_k": ("at least 1", _at_least_one),
     "logit_top_k": ("at least 1", _at_least_one),
     "kept_mass": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "ewc_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "ewc_samples": ("at least 1", _at_least_one),
+    "olora_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
     "teacher_loss_limit": ("above 0", lambda value: value > 0),
     "teacher_entropy_limit": ("above 0", lambda value: value > 0),
     "seed": ("at least 0", lambda value: value >= 0),

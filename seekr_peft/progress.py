@@ -13,7 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-_TERMS = {"loss": "new", "replay_loss": "replay", "logits_loss": "logits", "attention_loss": "attention"}
+_TERMS = {
+    "loss": "new",
+    "replay_loss": "replay",
+    "logits_loss": "logits",
+    "attention_loss": "attention",
+    "penalty_loss": "penalty",
+}
 _LOGGED = (*_TERMS, "learning_rate", "grad_norm", "epoch")
 
 

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .config import SeekrConfig, unknown_key
 from .errors import ConfigError
 from .library_settings import Setting, lora_settings, training_choices, training_settings
+from .method_names import method_names
 
-MethodName = Literal["sequential", "replay", "seekr"]
 DEMO = "demo"
 """As ``model.name_or_path`` and ``tasks.format``: the model and tasks that ship with the package."""
 
@@ -249,7 +249,7 @@ def _method_problems(mapping: dict[str, Any]) -> list[str]:
     if not isinstance(method, dict):
         return []
     problems = []
-    known = get_args(MethodName)
+    known = method_names()
     if method.get("name", None) not in known:
         problems.append(f"method.name must be one of {', '.join(known)}, got {method.get('name')!r}.")
     try:

@@ -31,7 +31,7 @@ from transformers import TrainingArguments, set_seed
 from .errors import ConfigError, RunError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room
-from .methods import METHODS, ContinualMethod
+from .methods import ContinualMethod, get_method
 from .methods.base import STATE_FILE as METHOD_STATE_FILE
 from .methods.base import read_method_state, write_json
 from .modeling import load_model
@@ -119,7 +119,7 @@ class _Run:
             raise ConfigError(f"tasks.epochs has {len(epochs)} numbers for {len(tasks)} tasks; give one for each.")
         set_seed(self.recipe.seed)
         model, tokenizer = load_model(self.recipe)
-        method = METHODS[self.recipe.method_name](
+        method = get_method(self.recipe.method_name)(
             model,
             self.recipe.method_config(),
             directory=self.directory,

@@ -46,7 +46,7 @@ class ContinualTrainerMixin:
             )
         self._separate = method.config.replay_step == "separate"
         self._term_sums: dict[str, Tensor] = {}
-        self._n_replayed = 0
+        self._term_counts: dict[str, int] = {}
         self.add_callback(_ReplayCallback(self))  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -66,14 +66,16 @@ class ContinualTrainerMixin:
         step = self.state.global_step  # type: ignore[attr-defined]
         if last_micro_batch and not self._separate and self.method.replay_due(step):
             self._replay_backward(model)
+        if last_micro_batch:
+            self._penalty_backward()
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each replay term since the last log."""
-        if "loss" in logs and self._n_replayed:
+        if "loss" in logs:
             for name, total in self._term_sums.items():
-                logs[name] = round(float(total) / self._n_replayed, 6)
-            self._term_sums, self._n_replayed = {}, 0
+                logs[name] = round(float(total) / self._term_counts[name], 6)
+            self._term_sums, self._term_counts = {}, {}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def replay_step(self, model: nn.Module) -> None:
@@ -93,9 +95,19 @@ class ContinualTrainerMixin:
                 terms = open_until_backward.enter_context(self.method.replay_terms(model))
             # accelerate divides by its own accumulation steps; this loss is added once per optimiser step.
             accelerator.backward(terms.total * accelerator.gradient_accumulation_steps)
-        for name, value in terms.values().items():
+        self._count(terms.values())
+
+    def _penalty_backward(self) -> None:
+        penalty = self.method.penalty()
+        if penalty is not None:
+            accelerator = self.accelerator  # type: ignore[attr-defined]
+            accelerator.backward(penalty * accelerator.gradient_accumulation_steps)
+            self._count({"penalty_loss": penalty.detach()})
+
+    def _count(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
             self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
-        self._n_replayed += 1
+            self._term_counts[name] = self._term_counts.get(name, 0) + 1
 
 
 class _ReplayCallback(TrainerCallback):

@@ -16,7 +16,7 @@ SOURCE = Path(seekr_peft.__file__).parent
 
 # A module imports only from levels above its own line. Two names on one line do not know each other.
 LEVELS = [
-    {"errors", "peak_memory", "library_settings"},
+    {"errors", "peak_memory", "library_settings", "method_names"},
     {"config", "progress"},
     {"heads"},
     {"attention", "tasks"},

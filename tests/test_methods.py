@@ -36,7 +36,7 @@ from seekr_peft.errors import (
 )
 from seekr_peft.heads import HeadSelection, ImportanceRecord
 from seekr_peft.memory import choose_samples
-from seekr_peft.methods import METHODS, Replay, Seekr, Sequential
+from seekr_peft.methods import Replay, Seekr, Sequential
 from seekr_peft.methods.replay import SELECTORS
 from seekr_peft.scoring import score_heads
 
@@ -208,7 +208,6 @@ def test_sequential_keeps_nothing_and_needs_no_data(tmp_path: Path) -> None:
         with method.task(name):
             assert train_by_hand(method, FIRST, 3) == [False] * 3
     assert not list(tmp_path.rglob("memory.*"))
-    assert sorted(METHODS) == ["replay", "seekr", "sequential"]
 
 
 def test_the_estimated_size_is_that_of_the_file() -> None:

@@ -55,7 +55,7 @@ def check_five(lines: list[str]) -> None:
     assert len(lines) == 5, lines
     for start in (
         "model.quantisation is an unknown key; did you mean model.quantization?",
-        "method.name must be one of sequential, replay, seekr, got 'seeker'.",
+        "method.name must be one of sequential, replay, replay_logits, seekr, ewc, olora, got 'seeker'.",
         "method.lambda1 must be in [0, 1], got 2.",
         "training.learning_rate must be a number above 0, got 'fast'.",
         "model.name_or_path: /nowhere/at/all has no config.json;",
@@ -114,7 +114,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"method": {}}, "method.name must be one of sequential, replay, seekr, got None."),
+        ({"method": {}}, "method.name must be one of sequential, replay, replay_logits, seekr, ewc, olora, got None."),
         ({"method": "seekr"}, "method: input should be a valid dictionary, got 'seekr'."),
         ({"training": {"seed": 3}}, "training.seed is set by the run; use seed instead."),
         ({"training": {"output_dir": "x"}}, "training.output_dir is set by the run; use output_dir instead."),

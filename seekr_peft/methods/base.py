@@ -43,7 +43,8 @@ class ContinualMethod:
                 with method.replay_terms(model) as terms: terms.total.backward()
                                                         # on exit: after_training, save, freeze
 
-    Subclasses override ``before_training``, ``after_training``, ``replay_due`` and ``replay_terms``.
+    Subclasses override ``before_training``, ``after_training``, ``replay_due``, ``replay_terms`` and ``penalty``. A
+    hand-written loop adds ``penalty()`` to its loss once per optimiser step.
 
     Args:
         model: A PeftModel with one LoRA adapter, which serves as the template of the tasks' adapters.
@@ -55,6 +56,10 @@ class ContinualMethod:
 
     name: ClassVar[str] = ""
     uses_replay: ClassVar[bool] = False
+    needs_samples: ClassVar[bool] = False
+    """Whether ``task`` needs the training set although nothing is replayed."""
+    adapter_modes: ClassVar[tuple[str, ...]] = ("stack", "continue")
+    """Modes of the adapter stack in which the method means something."""
 
     def __init__(
         self,
@@ -65,6 +70,11 @@ class ContinualMethod:
         adapter_mode: Mode = "stack",
         rank_limit: int | None = None,
     ) -> None:
+        if adapter_mode not in self.adapter_modes:
+            raise ConfigError(
+                f"method {self.name!r} needs adapter_mode {' or '.join(map(repr, self.adapter_modes))}, got "
+                f"{adapter_mode!r}; in a recipe set adapter.mode."
+            )
         self.model = model
         self.config = config or SeekrConfig()
         self.stack = AdapterStack(model, adapter_mode, rank_limit)
@@ -99,6 +109,10 @@ class ContinualMethod:
         raise NotImplementedError(f"method {self.name!r} has no replay")
         yield
 
+    def penalty(self) -> Tensor | None:
+        """A term on the adapter's parameters for every optimiser step, already weighted; None for none."""
+        return None
+
     # A task -----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -113,10 +127,10 @@ class ContinualMethod:
         An exception inside the block drops the task's adapter; the earlier tasks stay as they were.
         """
         self._check_name(name)
-        if self.uses_replay and replay_from is None:
+        if (self.uses_replay or self.needs_samples) and replay_from is None:
+            what = "keeps a replay memory" if self.uses_replay else "looks at the training samples"
             raise ConfigError(
-                f"task {name!r}: method {self.name!r} keeps a replay memory, so pass "
-                f"replay_from=<tokenised training set>."
+                f"task {name!r}: method {self.name!r} {what}, so pass replay_from=<tokenised training set>."
             )
         self.stack.begin()
         self.current_task = name

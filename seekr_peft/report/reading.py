@@ -24,6 +24,7 @@ LOSS_TERMS = {
     "replay_loss": "replay loss",
     "logits_loss": "logits KL",
     "attention_loss": "attention KL",
+    "penalty_loss": "penalty",
 }
 
 

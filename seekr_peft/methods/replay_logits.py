@@ -1,0 +1,21 @@
+"""Replay with the teacher's logits, in the manner of DER++ (arXiv 2004.07211). May import ``seekr``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from ..config import SeekrConfig
+from .seekr import Seekr
+
+
+class ReplayLogits(Seekr):
+    """SEEKR without attention: labels and the answer distributions of the model as it was right after the task.
+
+    DER++ matches raw logits by their squared error; here it is the KL divergence, as in SEEKR's own logits term.
+    """
+
+    name: ClassVar[str] = "replay_logits"
+
+    def __init__(self, model: Any, config: SeekrConfig | None = None, **options: Any) -> None:
+        super().__init__(model, replace(config or SeekrConfig(), attention_distillation=False), **options)

@@ -1,0 +1,228 @@
+"""The baselines: each penalty against a number worked by hand, and each through a run and its resumption."""
+
+from __future__ import annotations
+
+import io
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_models import fresh_peft, logits_of, make_dataset, train_by_hand
+from rich.console import Console
+from small_run import read_json, read_lines, small_recipe
+
+import seekr_peft.method_names as names_module
+import seekr_peft.run as run_module
+from seekr_peft import run_recipe
+from seekr_peft.config import SeekrConfig
+from seekr_peft.errors import ConfigError, MemoryFormatError
+from seekr_peft.forward import answer_logits
+from seekr_peft.losses import label_loss
+from seekr_peft.memory import choose_samples
+from seekr_peft.methods import METHODS, Ewc, OLora, ReplayLogits, Sequential, get_method
+from seekr_peft.recipe import load_recipe
+
+FIRST, SECOND = make_dataset(12, seed=1), make_dataset(12, seed=2)
+
+
+def do_task(method: Any, name: str, dataset: list, steps: int = 4) -> None:
+    with method.task(name, replay_from=dataset, optimizer_steps=steps):
+        train_by_hand(method, dataset, steps)
+
+
+# O-LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def test_olora_penalises_the_overlap_of_the_a_matrices() -> None:
+    """One module, rank 1: A_earlier = 2 * (3, 4, 0, ...) with scaling 2, A_new = (1, 2, 0, ...): (6 + 16)^2."""
+    lora = {"r": 1, "lora_alpha": 2, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    method = OLora(fresh_peft(**lora), SeekrConfig(olora_lambda=0.5))
+    with method.task("first"):
+        (a, b) = (method.stack.parameters()[key] for key in sorted(method.stack.parameters()))
+        a.data.zero_()
+        a.data[0, :2] = torch.tensor([3.0, 4.0])
+        b.data.fill_(1.0)
+        assert method.penalty() is None
+    with method.task("second"):
+        a = method.stack.parameters()[min(method.stack.parameters())]
+        a.data.zero_()
+        a.data[0, :2] = torch.tensor([1.0, 2.0])
+        penalty = method.penalty()
+        assert float(penalty.detach()) == pytest.approx(0.5 * 22.0**2)
+        (gradient,) = torch.autograd.grad(penalty, a)
+        # d/da 0.5 * (w . a)^2 = (w . a) w with w = (6, 8, 0, ...).
+        assert gradient[0, :3].tolist() == pytest.approx([22 * 6, 22 * 8, 0.0])
+
+
+def test_olora_training_lowers_the_overlap() -> None:
+    overlaps = []
+    for weight in (0.0, 5.0):
+        torch.manual_seed(0)
+        method = OLora(fresh_peft(), SeekrConfig(olora_lambda=weight))
+        do_task(method, "first", FIRST)
+        with method.task("second"):
+            optimizer = torch.optim.SGD(method.stack.parameters().values(), lr=0.01)
+            for _ in range(5):
+                penalty = method.penalty()
+                if penalty is not None:
+                    penalty.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            method.config = SeekrConfig(olora_lambda=1.0)
+            overlaps.append(float(method.penalty().detach()))
+    assert overlaps[1] < 0.9 * overlaps[0]
+
+
+# EWC --------------------------------------------------------------------------------------------------------------
+
+
+def test_ewc_holds_parameters_by_their_fisher_information() -> None:
+    """Two parameters: F = (4, 1), moved by (0.5, 3): 10 / 2 * (4 * 0.25 + 1 * 9)."""
+    method = Ewc(fresh_peft(), SeekrConfig(ewc_lambda=10.0), adapter_mode="continue")
+    with method.task("first", replay_from=FIRST):
+        assert method.penalty() is None
+        path, parameter = next(iter(method.stack.parameters().items()))
+        fisher, value = torch.zeros_like(parameter), parameter.detach().clone()
+        fisher[0, 0], fisher[0, 1] = 4.0, 1.0
+        method._tasks.append(({path: fisher}, {path: value}))
+        parameter.data[0, 0] += 0.5
+        parameter.data[0, 1] += 3.0
+        parameter.data[1, 0] += 99.0
+        assert float(method.penalty().detach()) == pytest.approx(5.0 * (4 * 0.25 + 9.0), rel=1e-5)
+
+
+def test_the_fisher_information_is_the_mean_square_of_each_samples_gradient(tmp_path: Path) -> None:
+    method = Ewc(fresh_peft(), SeekrConfig(ewc_samples=12), directory=tmp_path, adapter_mode="continue")
+    do_task(method, "first", FIRST)
+    fisher, values = method._tasks[0]
+    parameters = dict(method.model.named_parameters())
+    samples = choose_samples(FIRST, 1.0, 1, 0)
+    assert len(samples) == 12
+    path = next(path for path in fisher if path.endswith("lora_B"))
+    parameter = next(p for name, p in parameters.items() if name.startswith(path) and "weight" in name)
+    assert torch.equal(values[path], parameter)
+    method.model.eval()
+    parameter.requires_grad_(True)
+    expected = torch.zeros_like(parameter)
+    for sample in samples:
+        ids = sample.input_ids[None]
+        loss = label_loss(*answer_logits(method.model, ids, torch.ones_like(ids), sample.labels[None]))
+        expected += torch.autograd.grad(loss, parameter)[0].square() / 12
+    assert float(expected.max()) > 0
+    torch.testing.assert_close(fisher[path], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_ewc_is_restored_with_its_fisher_information(tmp_path: Path) -> None:
+    method = Ewc(fresh_peft(), SeekrConfig(), directory=tmp_path, adapter_mode="continue")
+    do_task(method, "first", FIRST)
+    method.save_pretrained(tmp_path)
+    again = Ewc.from_pretrained(fresh_peft(), tmp_path)
+    for mine, other in zip(again._tasks[0], method._tasks[0], strict=True):
+        assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+    (tmp_path / "tasks" / "01-first" / "fisher.safetensors").write_bytes(b"broken")
+    with pytest.raises(MemoryFormatError, match=r"fisher\.safetensors cannot be read"):
+        Ewc.from_pretrained(fresh_peft(), tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(Ewc, "stack"), (OLora, "continue")])
+def test_an_adapter_mode_in_which_the_method_means_nothing_is_refused(kind: Any, mode: Any) -> None:
+    with pytest.raises(ConfigError, match=f"method '{kind.name}' needs adapter_mode .*got '{mode}'"):
+        kind(fresh_peft(), adapter_mode=mode)
+
+
+def test_ewc_asks_for_the_training_samples() -> None:
+    method = Ewc(fresh_peft(), adapter_mode="continue")
+    with pytest.raises(ConfigError, match="looks at the training samples"), method.task("first"):
+        pass
+
+
+# Replay with logits -----------------------------------------------------------------------------------------------
+
+
+def test_replay_with_logits_is_seekr_without_attention() -> None:
+    method = ReplayLogits(fresh_peft(), SeekrConfig(replay_ratio=0.3))
+    do_task(method, "first", FIRST)
+    assert not method.selections and not method.memory.tasks[0].selection
+    with method.task("second", replay_from=SECOND), method.replay_terms(method.model) as terms:
+        assert set(terms.values()) == {"replay_loss", "logits_loss"}
+
+
+# All of them, through a run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replay_logits", "ewc", "olora"])
+def test_a_run_on_a_4_bit_base_logs_its_terms_and_resumes_to_the_same_adapter(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "write_report", lambda directory: directory / "report.html")
+    mode = "continue" if name == "ewc" else "stack"
+
+    def recipe(folder: str) -> dict[str, Any]:
+        settings = small_recipe(tmp_path / folder, n_tasks=2, model={"name_or_path": "demo", "quantization": "nf4"})
+        settings["method"] = {**settings["method"], "name": name}
+        settings["adapter"] = {**settings["adapter"], "mode": mode}
+        return settings
+
+    def run(folder: str, **options: Any) -> Any:
+        return run_recipe(recipe(folder), console=Console(file=io.StringIO()), **options)
+
+    run("whole")
+    term = "logits_loss" if name == "replay_logits" else "penalty_loss"
+    terms = [line.get(term) for line in read_lines(tmp_path / "whole" / "metrics.jsonl") if line["task_index"] == 1]
+    assert any(value is not None and value > 0 for value in terms)
+
+    # Stopped after the first task was trained and saved.
+    evaluate, calls = run_module.evaluate_task, []
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(run_module, "evaluate_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    monkeypatch.setattr(run_module, "evaluate_task", evaluate)
+    run("stopped", resume=True)
+    files = [tmp_path / folder / "adapter" / "adapter_model.safetensors" for folder in ("whole", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert read_json(tmp_path / "stopped" / "state.json")["status"] == "finished"
+
+
+# Methods of other packages ----------------------------------------------------------------------------------------
+
+
+class Outside(Sequential):
+    """What another package might register."""
+
+    name = "outside"
+
+
+def test_a_method_of_another_package_is_found_by_its_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = EntryPoint("outside", f"{__name__}:Outside", names_module.ENTRY_POINT_GROUP)
+    wrong = EntryPoint("wrong", "pathlib:Path", names_module.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(names_module, "entry_points", lambda group: [point, wrong])
+    assert get_method("outside") is Outside
+    settings = {**small_recipe(tmp_path), "method": {"name": "outside"}}
+    assert load_recipe(settings).method_name == "outside"
+    with pytest.raises(ConfigError, match=r"'wrong' of group 'seekr_peft\.methods' is pathlib:Path"):
+        get_method("wrong")
+    with pytest.raises(ConfigError, match="method 'nothing' is unknown; choose one of sequential, replay"):
+        get_method("nothing")
+
+
+def test_the_names_that_recipes_accept_are_the_methods() -> None:
+    assert list(METHODS) == list(names_module.OWN_METHODS)
+
+
+def test_a_baseline_changes_the_model() -> None:
+    method = OLora(fresh_peft())
+    before = logits_of(method.model)
+    do_task(method, "first", FIRST)
+    assert not torch.equal(logits_of(method.model), before)
