@@ -21,6 +21,7 @@ _HOMES = {
     "ContinualTrainerMixin": "trainer",
     "ContinualSFTTrainer": "sft_trainer",
     "Task": "tasks",
+    "AnswerCollator": "tasks",
     "AccuracyMatrix": "evaluation",
     "run_recipe": "run",
     "SeekrError": "errors",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .methods import Sequential as Sequential
     from .run import run_recipe as run_recipe
     from .sft_trainer import ContinualSFTTrainer as ContinualSFTTrainer
+    from .tasks import AnswerCollator as AnswerCollator
     from .tasks import Task as Task
     from .trainer import ContinualTrainer as ContinualTrainer
     from .trainer import ContinualTrainerMixin as ContinualTrainerMixin

@@ -25,7 +25,8 @@ def export_adapter(run_directory: str | Path, out: str | Path) -> Path:
     missing = [name for name in FILES if not (source / name).is_file()]
     if missing:
         raise RunError(
-            f"{source} has no {missing[0]}, so the run is not finished; go on with: seekr-peft run RECIPE --resume."
+            f"{source} has no {missing[0]}, so the run is not finished; go on with: seekr-peft run "
+            f"{Path(run_directory) / 'recipe.yaml'} --resume."
         )
     _check_config(source / FILES[0])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

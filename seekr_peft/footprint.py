@@ -30,6 +30,7 @@ from .memory import ReplaySample, draw_queries, estimate_bytes, replay_count
 from .modeling import CHECKPOINTING, compute_dtype, resolve_name
 from .peak_memory import PeakMemory
 from .recipe import DEMO, Recipe, task_order
+from .tasks import read_tasks
 
 _ATTENTION = "seekr_footprint"
 _BYTES_OF_4_BIT_BLOCK = 64
@@ -79,20 +80,19 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     The compute dtype is the recipe's ``model.bnb_4bit_compute_dtype``, or what this machine would take.
 
     Args:
-        n_train: Training samples of a task; None takes ``tasks.max_train``.
+        n_train: Training samples of a task; None takes ``tasks.max_train``, or counts those of the largest task.
         answer_tokens: Answer tokens of a sample; None takes ``evaluation.max_new_tokens``.
 
     Raises:
-        ConfigError: The base model's configuration cannot be read, or the number of samples is not known.
+        ConfigError: The base model's configuration cannot be read.
+        DataError: The samples had to be counted and a file is broken.
     """
     if n_train is None:
         # The demo's own default.
         n_train = recipe.tasks.max_train or (600 if recipe.tasks.format == DEMO else None)
     if n_train is None:
-        raise ConfigError(
-            "tasks.max_train is missing, so the size of the replay memory is unknown; add it, also as an override: "
-            "tasks.max_train=5000."
-        )
+        tasks = read_tasks(recipe.tasks.format, str(recipe.tasks.path), recipe.tasks.order, max_test=1)
+        n_train = max(len(task.train) for task in tasks)
     config = _model_config(recipe)
     # No prompt is longer than the model's own positions.
     length = min(recipe.tasks.max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9)

@@ -4,6 +4,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -318,6 +319,8 @@ def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
 def _model_problems(mapping: dict[str, Any]) -> list[str]:
     name = mapping["model"]["name_or_path"]
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    if not looks_local and "/" not in name and name != DEMO and get_close_matches(name, [DEMO]):
+        return [f"model.name_or_path: {name} is no folder and no owner/name on the hub; did you mean {DEMO}?"]
     if name == DEMO or not looks_local:
         return []
     if not (Path(name).expanduser() / "config.json").is_file():

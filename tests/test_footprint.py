@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from seekr_peft import ContinualTrainer, Seekr
 from seekr_peft.cli import app
-from seekr_peft.errors import ConfigError
 from seekr_peft.footprint import Footprint, estimate_footprint, first_knob, render_footprint
 from seekr_peft.memory import TaskMemory
 from seekr_peft.modeling import load_model
@@ -180,11 +179,12 @@ def test_the_command_exits_with_1_when_it_does_not_fit(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["doctor", str(path), "--memory", "0.001"]).exit_code == 1
 
 
-def test_an_unknown_number_of_samples_is_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    for split in ("train", "test"):
-        (tmp_path / "a" / f"{split}.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")
-    settings = recipe(tmp_path / "run", tasks={"format": "jsonl", "path": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"tasks\.max_train is missing"):
-        estimate_footprint(settings)
+def test_samples_are_counted_where_the_recipe_does_not_say_how_many(tmp_path: Path) -> None:
+    for name, count in (("a", 30), ("b", 70)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            line = '{"prompt": "a", "answer": "b"}\n'
+            (tmp_path / name / f"{split}.jsonl").write_text(line * count, encoding="utf-8")
+    settings = recipe(tmp_path / "run", tasks={"format": "jsonl", "path": str(tmp_path), "order": ["a", "b"]})
+    assert estimate_footprint(settings).replay_samples == 7
     assert estimate_footprint(settings, n_train=1000).replay_samples == 100

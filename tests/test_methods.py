@@ -285,6 +285,15 @@ def test_reentrant_checkpointing_is_refused_and_not_silently_wrong() -> None:
         next_loss(method)
 
 
+def test_reentrant_checkpointing_is_refused_before_the_first_task_is_trained() -> None:
+    method = make_method()
+    method.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    method.model.eval()  # as from_pretrained leaves it
+    with pytest.raises(CaptureError, match="prepare_model_for_kbit_training"), method.task("a", replay_from=FIRST):
+        pytest.fail("the task began")
+    assert method.current_task is None and method.stack.current is None
+
+
 def test_the_terms_are_weighted_by_lambda1_and_lambda2() -> None:
     method = open_second(lambda1=0.3, lambda2=7.0)
     with method.replay_terms(method.model) as terms:
@@ -548,6 +557,20 @@ def test_a_saved_method_goes_on_exactly_as_if_it_had_never_stopped(
         assert again.selections == method.selections and len(again.selections) == 3
         assert again.memory.bytes == method.memory.bytes > 0
         assert (tmp_path / "out" / "tasks" / "03-third").is_dir(), "later tasks are written beside the earlier ones"
+
+
+def test_a_folder_with_another_sequence_is_not_mixed_with_this_one(tmp_path: Path) -> None:
+    for names in (["first", "second"], ["other"]):
+        method = make_method()
+        for name in names:
+            do_task(method, name, FIRST)
+        if names == ["other"]:
+            with pytest.raises(RunError, match="holds the tasks first, second of another sequence"):
+                method.save_pretrained(tmp_path)
+        else:
+            method.save_pretrained(tmp_path)
+            method.save_pretrained(tmp_path)
+    assert not (tmp_path / "tasks" / "01-other").exists()
 
 
 @pytest.mark.parametrize("adapter_mode", ["stack", "continue"])

@@ -99,7 +99,7 @@ def test_a_name_that_is_no_folder_name_is_refused(name):
     ("row", "message"),
     [
         ({"prompt": "p"}, "Task 't', train row 1 has no key 'answer', the answer, but 'prompt'"),
-        ({"prompt": "p", "anwser": "a"}, r"did you mean 'anwser'\?"),
+        ({"prompt": "p", "anwser": "a"}, r"rename 'anwser' to 'answer'"),
         ({"prompt": "p", "answer": " "}, "train row 1 has an empty 'answer'"),
         ({"prompt": "", "answer": "a"}, "train row 1 has an empty 'prompt'"),
         ({"prompt": "p", "answer": 7}, "train row 1: 'answer' is 7, not a string"),

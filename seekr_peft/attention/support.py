@@ -83,11 +83,12 @@ def attention_functions(module: nn.Module) -> Any:
     return getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
 
 
-def uses_reentrant_checkpointing(model: nn.Module) -> bool:
-    """True when some layer recomputes its forward by reentrant activation checkpointing in training mode."""
+def uses_reentrant_checkpointing(model: nn.Module, in_any_mode: bool = False) -> bool:
+    """True when some layer recomputes its forward by reentrant activation checkpointing; ``in_any_mode`` also counts
+    those that will only in training mode."""
     for module in base_transformer(model).modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if not (module.training and getattr(module, "gradient_checkpointing", False) and checkpoint):
+        if not ((module.training or in_any_mode) and getattr(module, "gradient_checkpointing", False) and checkpoint):
             continue
         # torch's own default is reentrant, so a call that does not say so is as well.
         if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is not False:

@@ -171,8 +171,19 @@ class ContinualMethod:
         return self.directory / "tasks" / f"{index + 1:02d}-{name}"
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write everything that ``from_pretrained`` needs, and ``adapter/``, the consolidated plain PEFT adapter."""
+        """Write everything that ``from_pretrained`` needs, and ``adapter/``, the consolidated plain PEFT adapter.
+
+        Raises:
+            RunError: ``directory`` holds another sequence of tasks.
+        """
         target = Path(directory)
+        if (target / STATE_FILE).is_file() and target.resolve() != self.directory.resolve():
+            there = read_method_state(target)["tasks"]
+            if there != self.task_names[: len(there)]:
+                raise RunError(
+                    f"{target} holds the tasks {', '.join(there)} of another sequence; choose another folder, or "
+                    f"delete it."
+                )
         target.mkdir(parents=True, exist_ok=True)
         if target.resolve() != self.directory.resolve():
             shutil.copytree(self.directory, target, dirs_exist_ok=True)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..attention import AttentionTap, head_shape
 from ..attention.call import AttentionCall
-from ..attention.support import attention_modules, base_transformer
+from ..attention.support import attention_modules, base_transformer, uses_reentrant_checkpointing
 from ..config import budget_count
-from ..errors import MemoryFormatError
+from ..errors import CaptureError, MemoryFormatError
 from ..forward import answer_logits
 from ..heads import HeadSelection, ImportanceRecord
 from ..losses import ReplayTerms, combine, label_loss, logits_kl
@@ -46,6 +46,16 @@ class Seekr(Replay):
         # Refuse a model without attention now, not after the first task.
         self._shape = head_shape(model)
         self._layers = sorted(attention_modules(model))
+
+    def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
+        # Before the first task is trained, not when its heads are scored.
+        if self.config.attention_distillation and uses_reentrant_checkpointing(self.model, in_any_mode=True):
+            raise CaptureError(
+                "the model uses reentrant activation checkpointing, under which a captured attention has no gradient; "
+                "call prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={'use_reentrant': False}) or "
+                "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
+        super().start_training(total_steps, epochs)
 
     def after_training(self, directory: Path) -> None:
         """Score the heads, select, and store samples, rows and logits."""

@@ -38,6 +38,11 @@ def check_name(name: str) -> None:
         )
 
 
+def _rename(field: str, row: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(field, [str(key) for key in row], n=1)
+    return f"rename {close[0]!r} to {field!r}, " if close else ""
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """ " (did you mean 'name'?)" for a misspelt name that resembles a known one, else ''."""
     known = list(known)
@@ -123,9 +128,8 @@ def _text(row: Mapping[str, Any], field: Field, role: str, place: str) -> str:
     else:
         present = ", ".join(map(repr, row)) or "none"
         raise DataError(
-            f"{place} has no key {field!r}, the {role}, but "
-            f"{present}{suggestion(field, map(str, row))}; "
-            f"add it, or name the key that holds the {role}."
+            f"{place} has no key {field!r}, the {role}, but {present}; "
+            f"{_rename(field, row)}add it, or name the key that holds the {role}."
         )
     if not isinstance(value, str):
         raise DataError(f"{place}: {_label(field, role)} is {_brief(value)}, not a string; convert it to text.")
