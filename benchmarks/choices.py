@@ -23,6 +23,8 @@ from seekr_peft.run import run_recipe
 
 SETTINGS: dict[str, list[str]] = {
     "sequential": ["method.name=sequential"],
+    "ewc": ["method.name=ewc", "adapter.mode=continue", "method.ewc_lambda=1.0e+7"],
+    "olora": ["method.name=olora"],
     "replay": ["method.name=replay"],
     "replay, step of its own": ["method.name=replay", "method.replay_step=separate"],
     "replay, one adapter continued": ["method.name=replay", "adapter.mode=continue"],

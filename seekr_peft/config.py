@@ -94,7 +94,8 @@ class SeekrConfig:
     """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact."""
 
     ewc_lambda: float = 1000.0
-    """Method ewc: weight of the penalty; chosen, not tuned."""
+    """Method ewc: weight of the penalty. Depends on how well a task was learnt: near zero loss the Fisher information
+    is tiny, and the demo's tasks need 1e7 (README)."""
 
     ewc_samples: int = 64
     """Method ewc: training samples that a task's Fisher information is estimated from."""
