@@ -6,7 +6,6 @@ python -m benchmarks.profile_step [--length 1024] [--threads 1]
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from benchmarks.replay_step import (
     taught_batch,
     with_attention,
 )
+from benchmarks.timing import median_seconds
 from seekr_peft import AttentionTap
 
 
@@ -46,14 +46,7 @@ def seconds_by_part(length: int, repeats: int) -> dict[str, float]:
         ),
         "+ row KL, backward": lambda: with_attention(model, batch),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return median_seconds(steps, repeats)
 
 
 def floor(length: int) -> dict[str, float]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.timing import median_seconds, peak_bytes
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention.rows import kl_of_rows
 from seekr_peft.forward import answer_logits
@@ -141,21 +140,8 @@ def measure(length: int, repeats: int, device: str) -> Row:
         "with attention": lambda: with_attention(sdpa, batch),
         "eager attention": lambda: with_eager_attention(eager, batch).backward(),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    peaks: dict[str, int] = {}
-    for name, step in variants.items():
-        step()
-        with PeakMemory(device) as memory:
-            step()
-        peaks[name] = memory.peak
-    for _ in range(repeats):
-        for name, step in variants.items():
-            synchronise(device)
-            started = time.perf_counter()
-            step()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - started)
-    return Row(length, {name: statistics.median(times) for name, times in seconds.items()}, peaks, stored, dense)
+    peaks = peak_bytes(variants, device)
+    return Row(length, median_seconds(variants, repeats, device), peaks, stored, dense)
 
 
 def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, threads: int | None = None) -> float:
@@ -165,17 +151,12 @@ def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, thr
     try:
         model, heads = build_model(length, "sdpa", device, shape), selected_heads(shape)
         batch = taught_batch(model, make_sample(length), heads)[0].to(torch.device(device))
-        steps = (lambda: replay_with_logits(model, batch).backward(), lambda: with_attention(model, batch))
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for repeat in range(repeats + 1):
-            for step, times in zip(steps, seconds, strict=True):
-                synchronise(device)
-                started = time.perf_counter()
-                step()
-                synchronise(device)
-                if repeat:  # the first is a warm-up
-                    times.append(time.perf_counter() - started)
-        return statistics.median(seconds[1]) / statistics.median(seconds[0])
+        steps: dict[str, Callable[[], object]] = {
+            "without": lambda: replay_with_logits(model, batch).backward(),
+            "with": lambda: with_attention(model, batch),
+        }
+        seconds = median_seconds(steps, repeats, device)
+        return seconds["with"] / seconds["without"]
     finally:
         torch.set_num_threads(before)
 
@@ -215,11 +196,6 @@ def taught_batch(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -
 def _logits(batch: ReplayBatch) -> Any:
     assert batch.logits is not None
     return batch.logits
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def table(rows: list[Row], machine: str) -> Table:

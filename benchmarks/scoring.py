@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.replay_step import build_model, make_sample, synchronise
+from benchmarks.replay_step import build_model, make_sample
+from benchmarks.timing import median_seconds, peak_bytes
 from seekr_peft.adapters import AdapterStack
 from seekr_peft.forward import answer_logits, evaluation_mode, model_device
 from seekr_peft.losses import label_loss
-from seekr_peft.peak_memory import PeakMemory
 from seekr_peft.scoring import score_heads
 
 
@@ -36,21 +34,7 @@ def measure(length: int, repeats: int, device: str) -> dict[str, float]:
             handle.remove()
 
     steps: dict[str, Callable[[], object]] = {"bare": bare, "scoring": lambda: score_heads(stack, [sample])}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = {}
-    for name, step in steps.items():
-        step()
-        with PeakMemory(device) as memory:
-            step()
-        peaks[name] = memory.peak
-    for _ in range(repeats):
-        for name, step in steps.items():
-            synchronise(device)
-            started = time.perf_counter()
-            step()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    peaks, medians = peak_bytes(steps, device), median_seconds(steps, repeats, device)
     return {
         "bare_seconds": medians["bare"],
         "scoring_seconds": medians["scoring"],

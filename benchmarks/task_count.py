@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.whole_task import _train, make_data
+from benchmarks.whole_task import make_data, train_task
 from seekr_peft import Seekr, SeekrConfig
 
 STEPS = 10
@@ -30,7 +30,7 @@ def measure(n_tasks: int, rank_limit: int | None) -> dict[str, Any]:
         for task in range(n_tasks):
             data = make_data(64, task, n=100)
             started = time.perf_counter()
-            _train(method, f"task{task}", data, folder, STEPS, "cpu")
+            train_task(method, f"task{task}", data, folder, STEPS, "cpu")
             seconds.append(time.perf_counter() - started)
             steps.append(_step_seconds(method, data))
             disk.append(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()))

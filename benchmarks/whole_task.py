@@ -30,14 +30,15 @@ def seconds_of_second_task(method_name: str, length: int, every: int, device: st
     with TemporaryDirectory() as folder:
         model = build_model(length, "sdpa", device)
         method = METHODS[method_name](model, config, directory=folder)
-        _train(method, "first", make_data(length, 1), folder, 1, device)
+        train_task(method, "first", make_data(length, 1), folder, 1, device)
         second = make_data(length, 2)
         started = time.perf_counter()
-        _train(method, "second", second, folder, SAMPLES // BATCH, device)
+        train_task(method, "second", second, folder, SAMPLES // BATCH, device)
         return time.perf_counter() - started
 
 
-def _train(method: Any, name: str, data: list[dict[str, list[int]]], folder: str, steps: int, device: str) -> None:
+def train_task(method: Any, name: str, data: list[dict[str, list[int]]], folder: str, steps: int, device: str) -> None:
+    """One task of ``steps`` optimiser steps through ``method``."""
     with method.task(name, replay_from=data):
         arguments = TrainingArguments(
             output_dir=str(Path(folder) / "trainer"),

@@ -146,6 +146,15 @@ class SeekrConfig:
             raise ConfigError(unknown)
         return config
 
+    def distilled_heads(self, n_layers: int, n_heads: int) -> int:
+        """Heads that are distilled in a model of ``n_layers`` layers of ``n_heads``, at most."""
+        if not self.attention_distillation:
+            return 0
+        if self.head_choice == "all":
+            return n_layers * n_heads
+        heads = budget_count(self.layer_budget, n_layers) * n_heads
+        return heads if self.head_budget is None else min(heads, budget_count(self.head_budget, n_layers * n_heads))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON or YAML."""
         return dataclasses.asdict(self)

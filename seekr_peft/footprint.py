@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 
 from .attention.rows import CHUNK_BYTES
 from .attention.support import attention_modules, head_shape
-from .config import SeekrConfig, budget_count
+from .config import SeekrConfig
 from .errors import ConfigError
 from .forward import evaluation_mode
 from .memory import ReplaySample, draw_queries, estimate_bytes, replay_count
@@ -108,7 +108,9 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     n_samples = per_sample = 0
     if recipe.method_name != "sequential":
         n_samples = replay_count(n_train, method.replay_ratio)
-        n_heads = _selected_heads(recipe, model, method)
+        n_heads = 0
+        if recipe.method_name == "seekr":
+            n_heads = method.distilled_heads(len(attention_modules(model)), head_shape(model)[1])
         per_sample = _sample_bytes(recipe, model, method, sample, n_heads)
         phases["replay"] = _replay(recipe, model, length, answers, n_heads, n_samples * (n_tasks - 1))
         if recipe.method_name == "seekr" and method.attention_distillation:
@@ -327,16 +329,6 @@ def _adapter_bytes(recipe: Recipe, model: nn.Module, n_tasks: int) -> tuple[int,
     name = str(recipe.training.get("optim", "adamw"))
     state = next(size for part, size in {**_OPTIMIZER_BYTES, "": 8}.items() if part in name)
     return current + earlier, state * sum(parameter.numel() for parameter in trained)
-
-
-def _selected_heads(recipe: Recipe, model: nn.Module, method: SeekrConfig) -> int:
-    if recipe.method_name != "seekr" or not method.attention_distillation:
-        return 0
-    n_layers, n_heads = len(attention_modules(model)), head_shape(model)[1]
-    if method.head_choice == "all":
-        return n_layers * n_heads
-    heads = budget_count(method.layer_budget, n_layers) * n_heads
-    return heads if method.head_budget is None else min(heads, budget_count(method.head_budget, n_layers * n_heads))
 
 
 def _sample(length: int, answers: int, method: SeekrConfig) -> ReplaySample:

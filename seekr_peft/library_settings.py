@@ -86,6 +86,9 @@ def _fields(node: ast.ClassDef) -> dict[str, Setting]:
 def _default(value: ast.expr | None) -> Any:
     if isinstance(value, ast.Call):
         value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
-    if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.USub) and isinstance(value.operand, ast.Constant):
-        return -value.operand.value  # type: ignore[operator]
-    return value.value if isinstance(value, ast.Constant) else None
+    sign = 1
+    if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.USub):
+        sign, value = -1, value.operand
+    if not isinstance(value, ast.Constant):
+        return None
+    return sign * value.value if sign < 0 and isinstance(value.value, (int, float)) else value.value

@@ -55,6 +55,10 @@ _RENAMED = {
 _PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
+_BEFORE_TRAINING = {RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE}
+"""All that a run has written when its first task begins."""
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a run leaves behind: its ``directory``, the ``matrix`` of scores, and the path of the ``report`` page."""
@@ -295,8 +299,8 @@ def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise RunError(f"output_dir {directory} is a file; choose another folder.")
     if not resume:
-        if path.is_file() and not (directory / METHOD_STATE_FILE).is_file():
-            # It ended before its first task was trained, so nothing would be lost.
+        if {RECIPE_FILE, ENVIRONMENT_FILE} <= {entry.name for entry in entries} <= _BEFORE_TRAINING:
+            # A run that ended before its first task was trained; anything else may be somebody's own files.
             return
         if path.is_file():
             raise RunError(

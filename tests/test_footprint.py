@@ -163,8 +163,8 @@ def test_the_first_knob_acts_on_the_largest_part(tmp_path: Path) -> None:
 
 def test_it_says_whether_it_fits_and_what_to_turn(tmp_path: Path) -> None:
     def printed(memory: float) -> tuple[bool, str]:
-        console = Console(file=io.StringIO(), width=120)
-        return render_footprint(recipe(tmp_path), console, memory), console.file.getvalue()  # type: ignore[attr-defined]
+        file = io.StringIO()
+        return render_footprint(recipe(tmp_path), Console(file=file, width=120), memory), file.getvalue()
 
     fits, text = printed(24)
     assert fits and "24.0 GB at hand: fits" in text and "2 tasks of 4 samples" in text

@@ -340,6 +340,21 @@ def test_a_run_that_failed_before_its_first_task_may_be_started_again(tmp_path: 
     assert run(small_recipe(tmp_path / "run", n_tasks=1)).matrix.op() >= 0
 
 
+def test_a_folder_with_somebodys_own_recipe_and_files_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "tasks" / "data.jsonl").write_text("mine")
+    (folder / "recipe.yaml").write_text("# mine\n")
+    for extra in ((), ("environment.json",)):
+        for name in extra:
+            (folder / name).write_text("{}")
+        with pytest.raises(RunError, match="already holds a run"):
+            run(small_recipe(folder))
+    assert (folder / "tasks" / "data.jsonl").read_text() == "mine" and (
+        folder / "recipe.yaml"
+    ).read_text() == "# mine\n"
+
+
 def test_a_moved_run_resumes_under_its_new_path(tmp_path: Path, finished: Path, no_report: None) -> None:
     import shutil
 

@@ -6,6 +6,7 @@ their entries lie behind one another in flat arrays. Pure tensor code. May impor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +52,7 @@ def pack(rows: SparseRows, storage_dtype: StorageDtype, gap_coding: bool) -> Pac
     it an index takes four (vocabularies are too wide for gaps)."""
     kept, remaining = rows.probabilities.float(), rows.remaining.float()
     if storage_dtype == "uint8":
-        dropped = (kept > 0) & (kept < torch.exp(torch.tensor(-255.5 * LOG_STEP)))
+        dropped = (kept > 0) & (kept < math.exp(-255.5 * LOG_STEP))
         remaining = remaining + torch.where(dropped, kept, 0).sum(dim=-1)
         kept = torch.where(dropped, 0, kept)
     present = kept > 0

@@ -61,8 +61,9 @@ class Ewc(ContinualMethod):
         with evaluation_mode(self.model), torch.enable_grad():
             for sample in self._samples:
                 ids = sample.input_ids[None].to(model_device(self.model))
-                logits = answer_logits(self.model, ids, torch.ones_like(ids), sample.labels[None].to(ids.device))
-                gradients = torch.autograd.grad(label_loss(*logits), list(parameters.values()), allow_unused=True)
+                labels = sample.labels[None].to(ids.device)
+                loss = label_loss(*answer_logits(self.model, ids, torch.ones_like(ids), labels))
+                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                 for path, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
                         fisher[path] += gradient.square() / len(self._samples)

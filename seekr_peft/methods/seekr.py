@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..attention import AttentionTap, head_shape
 from ..attention.call import AttentionCall
 from ..attention.support import attention_modules, base_transformer, uses_reentrant_checkpointing
-from ..config import budget_count
 from ..errors import CaptureError, MemoryFormatError
 from ..forward import answer_logits
 from ..heads import HeadSelection, ImportanceRecord
@@ -127,17 +126,9 @@ class Seekr(Replay):
     def estimated_bytes(self) -> int:
         """Bytes that the current task's memory will take, before anything is computed."""
         config = self.config
-        n_layers, n_heads = len(self._layers), self._shape[1]
-        heads = budget_count(config.layer_budget, n_layers) * n_heads
-        if config.head_choice == "all":
-            heads = n_layers * n_heads
-        elif config.head_budget is not None:
-            heads = min(heads, budget_count(config.head_budget, n_layers * n_heads))
-        if not config.attention_distillation:
-            heads = 0
         return estimate_bytes(
             self._samples,
-            heads,
+            config.distilled_heads(len(self._layers), self._shape[1]),
             config.row_top_k,
             config.logit_top_k if config.logits_distillation else 0,
             int(base_transformer(self.model).config.get_text_config().vocab_size),
