@@ -93,9 +93,14 @@ class SeekrConfig:
     storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
     """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact."""
 
-    ewc_lambda: float = 1000.0
-    """Method ewc: weight of the penalty. Depends on how well a task was learnt: near zero loss the Fisher information
-    is tiny, and the demo's tasks need 1e7 (README)."""
+    lwf_lambda: float = 1.0
+    """Method lwf: weight of the distillation on the new task's samples. Paper (arXiv 1606.09282): 1."""
+
+    lwf_temperature: float = 2.0
+    """Method lwf: temperature of that distillation. Paper: 2."""
+
+    ewc_lambda: float = 1.0
+    """Method ewc: weight of the penalty; each task's Fisher information is scaled to a mean of 1."""
 
     ewc_samples: int = 64
     """Method ewc: training samples that a task's Fisher information is estimated from."""
@@ -221,6 +226,8 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "row_top_k": ("at least 1", _at_least_one),
     "logit_top_k": ("at least 1", _at_least_one),
     "kept_mass": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "lwf_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "lwf_temperature": ("above 0", lambda value: value > 0),
     "ewc_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
     "ewc_samples": ("at least 1", _at_least_one),
     "olora_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),

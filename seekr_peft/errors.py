@@ -35,3 +35,7 @@ class MemoryFormatError(SeekrError, RuntimeError):
 
 class RunError(SeekrError, RuntimeError):
     """A run directory is missing, in use, finished, or belongs to another recipe."""
+
+
+class RunInUseError(RunError):
+    """Another process is working on the run directory."""

@@ -124,6 +124,17 @@ def logits_kl(logits: Tensor, teacher: TeacherDistributions) -> Tensor:
     return per_position.mean()
 
 
+def softened_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over positions of KL(softmax(teacher / t) || softmax(logits / t)), in nats; both (n_answer, vocabulary).
+
+    The teacher is treated as a constant. Source: learning without forgetting (arXiv 1606.09282), equation 2, whose
+    cross-entropy has the same gradient.
+    """
+    student_log = (logits.float() / temperature).log_softmax(dim=-1)
+    teacher_log = (teacher.detach().float() / temperature).log_softmax(dim=-1)
+    return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)
+
+
 def answer_entropy(logits: Tensor) -> Tensor:
     """Entropy (nats) of each distribution in ``logits`` (n_answer, vocabulary): (n_answer,), float32."""
     log_probabilities = logits.float().log_softmax(dim=-1)

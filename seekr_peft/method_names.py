@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 ENTRY_POINT_GROUP = "seekr_peft.methods"
 """Other packages register a method here: ``[project.entry-points."seekr_peft.methods"] name = "module:Class"``."""
 
-OWN_METHODS = ("sequential", "replay", "replay_logits", "seekr", "ewc", "olora")
+OWN_METHODS = ("sequential", "replay", "replay_logits", "seekr", "lwf", "ewc", "olora", "multitask")
 
 
 def method_names() -> list[str]:

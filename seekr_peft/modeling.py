@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ def load_model(recipe: Recipe) -> tuple[PeftModel, Any]:
     except ValueError as error:
         # Such as target_modules that the model does not have.
         raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
+
+
+def base_fingerprint(model: PeftModel) -> str:
+    """SHA-256 over name, shape, dtype and up to 64 evenly spaced values of every base parameter: the same base, the
+    same text. Reads a few kB of a model of any size; takes no account of the adapters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        flat = parameter.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 64)][:64].cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def resolve_name(model: ModelSection) -> str:

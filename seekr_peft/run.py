@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import platform
 import shutil
 import sys
@@ -17,24 +18,26 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers import TrainingArguments, set_seed
 
-from .errors import ConfigError, RunError
+from .costs import COSTS_FILE, StepPeak, TaskCost, kept_bytes, seconds_into
+from .errors import ConfigError, RunError, RunInUseError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room
 from .methods import ContinualMethod, get_method
 from .methods.base import STATE_FILE as METHOD_STATE_FILE
 from .methods.base import read_method_state, write_json
-from .modeling import load_model
+from .modeling import base_fingerprint, load_model
 from .progress import RunProgress, StepReporter, describe_terms
 from .recipe import DEMO, Recipe, load_recipe, save_recipe
 from .report import write_report
@@ -42,6 +45,9 @@ from .tasks import Task, read_tasks
 from .trainer import ContinualTrainer
 
 TASKS_FILE = "tasks.json"
+ALL_TASKS = "all_tasks"
+"""Name of the only stage of a joint method."""
+
 RECIPE_FILE, STATE_FILE, METRICS_FILE, ENVIRONMENT_FILE = (
     "recipe.yaml",
     "state.json",
@@ -101,6 +107,22 @@ def run_recipe(
         return _Run(recipe, directory, progress).execute()
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One training of a run: the tasks ``trained`` in it, and those ``seen`` by its end, which are evaluated then."""
+
+    name: str
+    trained: list[Task]
+    seen: list[Task]
+
+
+def plan_stages(tasks: list[Task], joint: bool) -> list[Stage]:
+    """One task after another; or, for a method that is ``joint``, all of them at once."""
+    if joint:
+        return [Stage(ALL_TASKS, tasks, tasks)]
+    return [Stage(task.name, [task], tasks[: index + 1]) for index, task in enumerate(tasks)]
+
+
 class _Run:
     """The state of one call of ``run_recipe``."""
 
@@ -110,6 +132,8 @@ class _Run:
         self.progress = progress
         self.started = time.monotonic()
         self.seconds_before: float | None = _read_json(directory / ENVIRONMENT_FILE).get("seconds")
+        self.base: str | None = None
+        self.costs: list[TaskCost] = []
 
     def execute(self) -> RunResult:
         if self._is_finished():
@@ -123,6 +147,7 @@ class _Run:
             raise ConfigError(f"tasks.epochs has {len(epochs)} numbers for {len(tasks)} tasks; give one for each.")
         set_seed(self.recipe.seed)
         model, tokenizer = load_model(self.recipe)
+        self.base = base_fingerprint(model)
         method = get_method(self.recipe.method_name)(
             model,
             self.recipe.method_config(),
@@ -134,24 +159,28 @@ class _Run:
         prompt_room(model, self.recipe.tasks.max_length, self.recipe.evaluation.max_new_tokens)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         max_length = min(self.recipe.tasks.max_length, positions or self.recipe.tasks.max_length)
+        stages = plan_stages(tasks, method.joint)
         finished = _finished_tasks(self.directory)
         trained = _trained_tasks(self.directory)
         if trained:
-            method.restore(names[:trained])
-            self.progress.say(f"resuming after task {names[trained - 1]} ({trained} of {len(names)} trained)")
+            method.restore([stage.name for stage in stages[:trained]])
+            self.progress.say(f"resuming after task {stages[trained - 1].name} ({trained} of {len(stages)} trained)")
         _cut_metrics(self.directory / METRICS_FILE, trained)
+        self._read_costs(trained)
         matrix = AccuracyMatrix.load(self.directory) if finished else AccuracyMatrix(names)
         self._write_task_facts(tasks)
-        for index, task in enumerate(tasks):
+        for index, stage in enumerate(stages):
             if index >= trained:
-                tokenized = task.tokenized(tokenizer, max_length)
-                self._train(method, tokenized, index, f"{index + 1}/{len(tasks)} {task.name}")
-            if index >= finished:
-                self._evaluate(model, tokenizer, tasks[: index + 1], matrix)
-                if index + 1 == len(tasks):
+                tokenized = [task.tokenized(tokenizer, max_length) for task in stage.trained]
+                self._train(method, stage.name, tokenized, index, f"{index + 1}/{len(stages)} {stage.name}")
+            if len(stage.seen) > finished:
+                with seconds_into(self.costs[index], "evaluate_seconds"):
+                    self._evaluate(model, tokenizer, stage.seen, matrix)
+                if index + 1 == len(stages):
                     # Before the state says "finished", which promises the adapter.
                     method.stack.export(self.directory / "adapter")
-                self._write_state(names, index + 1)
+                self._write_costs()
+                self._write_state(names, len(stage.seen))
                 self._write_environment((self.seconds_before or 0) + time.monotonic() - self.started)
         return self._reported(matrix)
 
@@ -166,26 +195,54 @@ class _Run:
     def _write_environment(self, seconds: float | None) -> None:
         """Versions and machine; ``seconds`` are those of all sessions up to the last finished task."""
         rounded = None if seconds is None else round(seconds, 1)
-        write_json(self.directory / ENVIRONMENT_FILE, {**_environment(), "seconds": rounded})
+        write_json(self.directory / ENVIRONMENT_FILE, {**_environment(), "base": self.base, "seconds": rounded})
 
-    def _train(self, method: ContinualMethod, task: Task, index: int, label: str) -> None:
+    def _train(self, method: ContinualMethod, name: str, tasks: list[Task], index: int, label: str) -> None:
         # Each task has its own seed, so a resumed run draws the same numbers as one that was never stopped.
         set_seed(self.recipe.seed + index)
-        reporter = StepReporter(self.progress, self.directory / METRICS_FILE, task.name, index, label)
-        with method.task(task.name, replay_from=task.train):
+        reporter = StepReporter(self.progress, self.directory / METRICS_FILE, name, index, label)
+        step_peak = StepPeak(method.replay_due, "cuda" if torch.cuda.is_available() else "cpu")
+        dataset, arguments = self._training_data(tasks, index)
+        cost = TaskCost(name)
+        with seconds_into(cost, "other_seconds"), method.task(name, replay_from=dataset):
             trainer = ContinualTrainer(
                 model=method.model,
                 method=method,
-                args=self._training_arguments(index),
-                train_dataset=task.train,
-                callbacks=[reporter],
+                args=arguments,
+                train_dataset=dataset,
+                callbacks=[reporter, step_peak],
             )
             _remove_printers(trainer)
-            trainer.train()
-        cut = f", {task.cut} prompts shortened" if task.cut else ""
+            try:
+                with seconds_into(cost, "train_seconds"):
+                    trainer.train()
+            finally:
+                step_peak.close()
+        cost.other_seconds -= cost.train_seconds
+        cost.n_steps, cost.step_peak_bytes = reporter.n_steps, step_peak.peak
+        cost.kept_bytes = kept_bytes(method.task_directory(index, name))
+        self.costs.append(cost)
+        self._write_costs()
+        n_cut = sum(task.cut or 0 for task in tasks)
+        cut = f", {n_cut} prompts shortened" if n_cut else ""
         self.progress.say(
             f"trained {label}: {reporter.n_steps} steps, {describe_terms(reporter.last)}{cut}{_teacher_text(method)}"
         )
+
+    def _training_data(self, tasks: list[Task], index: int) -> tuple[Any, TrainingArguments]:
+        """The samples of one training and its arguments: of a task, or of several at once for as many steps."""
+        if len(tasks) == 1:
+            return tasks[0].train, self._training_arguments(index)
+        each = [self._training_arguments(place) for place in range(len(tasks))]
+        steps = sum(count_steps(len(task.train), arguments) for task, arguments in zip(tasks, each, strict=True))
+        epochs = [arguments.num_train_epochs for arguments in each]
+        # A task that is trained for more epochs than another has that many more samples in the mixture.
+        repeats = [max(1, round(count / min(epochs))) for count in epochs]
+        columns = ["input_ids", "attention_mask", "labels"]
+        parts = [
+            task.train.select_columns(columns) for task, times in zip(tasks, repeats, strict=True) for _ in range(times)
+        ]
+        return concatenate_datasets(parts), replace(each[index], max_steps=steps)
 
     def _training_arguments(self, index: int) -> TrainingArguments:
         epochs = self.recipe.tasks.epochs
@@ -244,10 +301,20 @@ class _Run:
                 "n_train": len(task.train),
                 "n_test": len(task.test),
                 "majority_class": constant_answer_score(task),
+                "fingerprint": task.fingerprint(),
             }
             for task in tasks
         ]
         write_json(self.directory / TASKS_FILE, facts)
+
+    def _read_costs(self, trained: int) -> None:
+        """Those of the trained tasks; a task whose costs were lost with a kill counts as free."""
+        records = _read_json(self.directory / COSTS_FILE).get("tasks", [])[:trained]
+        self.costs = [TaskCost(**record) for record in records]
+        self.costs += [TaskCost("unknown") for _ in range(trained - len(records))]
+
+    def _write_costs(self) -> None:
+        write_json(self.directory / COSTS_FILE, {"tasks": [cost.to_json() for cost in self.costs]})
 
     def _write_state(self, names: list[str], finished: int) -> None:
         write_json(
@@ -266,8 +333,20 @@ class _Run:
         constant = "  ".join(f"{fact['name']} {100 * fact['majority_class']:.1f}" for fact in facts)
         self.progress.say(f"always the most frequent answer: {constant}")
         self.progress.say(f"OP {100 * matrix.op():.2f}   {FORMULAS['op']}")
-        self.progress.say(f"BWT {100 * matrix.bwt():+.2f}   {FORMULAS['bwt']}")
+        bwt = matrix.to_dict()["bwt"]
+        if bwt is not None:
+            self.progress.say(f"BWT {100 * bwt:+.2f}   {FORMULAS['bwt']}")
         self.progress.say(f"adapter: {self.directory / 'adapter'}   report: {report}")
+
+
+def count_steps(n_samples: int, arguments: TrainingArguments) -> int:
+    """Optimiser steps that a Trainer takes for ``n_samples`` (the rule of transformers' own ``Trainer``)."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    size = arguments.train_batch_size
+    batches = n_samples // size if arguments.dataloader_drop_last else math.ceil(n_samples / size)
+    updates = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * updates)
 
 
 def load_tasks(recipe: Recipe) -> list[Task]:
@@ -339,7 +418,7 @@ def _locked(directory: Path) -> Any:
     try:
         lock.acquire()
     except Timeout:
-        raise RunError(
+        raise RunInUseError(
             f"{directory} is in use by another process; wait for it, or choose another output_dir."
         ) from None
     try:

@@ -17,7 +17,7 @@ SOURCE = Path(seekr_peft.__file__).parent
 # A module imports only from levels above its own line. Two names on one line do not know each other.
 LEVELS = [
     {"errors", "peak_memory", "library_settings", "method_names"},
-    {"config", "progress"},
+    {"config", "progress", "costs"},
     {"heads"},
     {"attention", "tasks"},
     {"losses", "evaluation"},
@@ -33,6 +33,7 @@ LEVELS = [
     {"modeling"},
     {"footprint"},
     {"run"},
+    {"compare"},
     {"demo"},
     {"cli"},
 ]

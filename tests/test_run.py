@@ -23,6 +23,7 @@ import seekr_peft.run as run_module
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig, run_recipe
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import ConfigError, DataError, RunError
+from seekr_peft.modeling import base_fingerprint, load_model
 from seekr_peft.recipe import load_recipe
 
 TERMS = ("replay_loss", "logits_loss", "attention_loss")
@@ -56,7 +57,15 @@ def test_the_directory_holds_every_file_of_its_format(finished: Path) -> None:
     folders = [f"{number:02d}-{name}" for number, name in enumerate(TASKS, start=1)]
     adapter = ("adapter_config.json", "adapter_model.safetensors")
     expected = {"recipe.yaml", "environment.json", "state.json", "metrics.jsonl", "importance.safetensors"}
-    expected |= {"accuracy_matrix.json", "accuracy_matrix.csv", "report.html", "method.json", "tasks.json", ".lock"}
+    expected |= {
+        "costs.json",
+        "accuracy_matrix.json",
+        "accuracy_matrix.csv",
+        "report.html",
+        "method.json",
+        "tasks.json",
+        ".lock",
+    }
     expected |= {f"adapter/{name}" for name in adapter}
     expected |= {f"tasks/{folder}/adapter/{name}" for folder in folders for name in adapter}
     expected |= {f"tasks/{folder}/memory.{ending}" for folder in folders for ending in ("json", "safetensors")}
@@ -93,7 +102,7 @@ def test_state_and_environment_tell_how_far_it_came(finished: Path) -> None:
         "status": "finished",
     }
     environment = read_json(finished / "environment.json")
-    assert set(environment) == {"versions", "machine", "command", "seconds"}
+    assert set(environment) == {"versions", "machine", "command", "base", "seconds"}
     assert environment["versions"]["torch"] == torch.__version__
     assert 0 < environment["seconds"] < 600
 
@@ -513,3 +522,33 @@ def test_the_final_adapter_needs_nothing_of_this_package(
 def _remembered(loaded: tuple[Any, Any], into: list[Any]) -> tuple[Any, Any]:
     into.append(loaded[0])
     return loaded
+
+
+# What it cost -----------------------------------------------------------------------------------------------------
+
+
+def test_the_costs_of_each_task_are_recorded(finished: Path) -> None:
+    costs = read_json(finished / "costs.json")["tasks"]
+    assert [cost["name"] for cost in costs] == TASKS
+    assert [cost["n_steps"] for cost in costs] == [6, 6, 6]
+    for cost, folder in zip(costs, sorted((finished / "tasks").iterdir()), strict=True):
+        kept = sum(path.stat().st_size for path in folder.glob("memory.*"))
+        assert cost["kept_bytes"] == kept > 0
+        assert cost["train_seconds"] > 0 and cost["other_seconds"] > 0 and cost["evaluate_seconds"] > 0
+    # A step with a replay batch, measured where there is one to replay.
+    first, second, _ = (cost["step_peak_bytes"] for cost in costs)
+    assert 0.9 * first < second < 20 * first
+
+
+def test_runs_of_the_same_base_and_data_have_the_same_fingerprints(finished: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(finished / "recipe.yaml")
+    other = load_recipe({**recipe.to_dict(), "seed": 1})
+    base = read_json(finished / "environment.json")["base"]
+    assert base == base_fingerprint(load_model(recipe)[0]) == base_fingerprint(load_model(other)[0])
+    moved, _ = load_model(recipe)
+    with torch.no_grad():
+        next(p for name, p in moved.named_parameters() if "lora_" not in name).add_(1e-3)
+    assert base_fingerprint(moved) != base
+    recorded = [fact["fingerprint"] for fact in read_json(finished / "tasks.json")]
+    assert recorded == [task.fingerprint() for task in run_module.load_tasks(recipe)]
+    assert recorded[0] != run_module.load_tasks(other)[0].fingerprint()

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from seekr_peft.errors import DataError
 from seekr_peft.tasks import AnswerCollator, encode, encode_prompt, prepare_tokenizer
+from seekr_peft.tasks.tokenize import prompt_room_of
 
 
 def make_tokenizer(template: str = "<s> $A", **special: str) -> PreTrainedTokenizerFast:
@@ -113,6 +114,23 @@ def test_a_longer_answer_loses_its_end_but_not_end_of_sequence():
 def test_a_long_answer_uses_the_room_that_a_short_prompt_leaves():
     encoded = encode(TOKENIZER, "p", "a" * 100, 40)
     assert text_of(TOKENIZER, encoded.input_ids) == "p " + "a" * 36
+
+
+def test_the_place_of_an_answer_says_nothing_about_it():
+    """All prompts are too long; were each cut to what its own answer leaves, "no" would start 8 tokens later."""
+    prompts, answers = ["p" * 100, "q" * 100], ["no", "definitely"]
+    room = prompt_room_of(TOKENIZER, prompts, answers, 60)
+    encoded = [encode(TOKENIZER, *pair, 60, None, room) for pair in zip(prompts, answers, strict=True)]
+    starts = [sample.labels.index(next(x for x in sample.labels if x != -100)) for sample in encoded]
+    assert starts == [60 - 12, 60 - 12] and all(sample.cut for sample in encoded)
+    assert [len(encode_prompt(TOKENIZER, prompt, room)) for prompt in prompts] == starts
+    alone = [encode(TOKENIZER, *pair, 60) for pair in zip(prompts, answers, strict=True)]
+    assert [sample.labels.count(-100) for sample in alone] == [60 - 4, 60 - 12]
+
+
+def test_long_answers_leave_the_prompts_three_quarters():
+    assert prompt_room_of(TOKENIZER, ["p", "p"], ["a", "b" * 500], 40) == 30
+    assert prompt_room_of(TOKENIZER, [], [], 40) == 40
 
 
 @given(

@@ -45,7 +45,11 @@ def evaluate_task(
     batch_size: int = 32,
     max_length: int = 512,
 ) -> Evaluation:
-    """Answer the test prompts of `task` and score them with its metric; see `generate_answers`."""
+    """Answer the test prompts of `task` and score them with its metric; see `generate_answers`.
+
+    Prompts are cut as in training: to what the task's longest answer leaves of `max_length`.
+    """
+    prepare_tokenizer(tokenizer)
     prompts, answers = list(task.test["prompt"]), list(task.test["answer"])
     given = "instruction" in task.test.column_names
     generated = generate_answers(
@@ -54,7 +58,7 @@ def evaluate_task(
         prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        max_length=max_length,
+        max_length=task.prompt_room(tokenizer, max_length),
         instructions=list(task.test["instruction"]) if given else None,
     )
     mean, scores = score_predictions(task.metric, generated, answers)

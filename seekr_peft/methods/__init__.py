@@ -4,6 +4,8 @@ from ..errors import ConfigError
 from ..method_names import ENTRY_POINT_GROUP, find_entry_point, method_names
 from .base import ContinualMethod
 from .ewc import Ewc
+from .lwf import Lwf
+from .multitask import Multitask
 from .olora import OLora
 from .replay import Replay
 from .replay_logits import ReplayLogits
@@ -11,7 +13,7 @@ from .seekr import Seekr
 from .sequential import Sequential
 
 METHODS: dict[str, type[ContinualMethod]] = {
-    method.name: method for method in (Sequential, Replay, ReplayLogits, Seekr, Ewc, OLora)
+    method.name: method for method in (Sequential, Replay, ReplayLogits, Seekr, Lwf, Ewc, OLora, Multitask)
 }
 """The package's own methods; ``get_method`` finds installed ones as well."""
 
@@ -40,6 +42,8 @@ __all__ = [
     "METHODS",
     "ContinualMethod",
     "Ewc",
+    "Lwf",
+    "Multitask",
     "OLora",
     "Replay",
     "ReplayLogits",

@@ -58,6 +58,8 @@ class ContinualMethod:
     uses_replay: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     """Whether ``task`` needs the training set although nothing is replayed."""
+    joint: ClassVar[bool] = False
+    """Whether a run trains all tasks at once, as one."""
     adapter_modes: ClassVar[tuple[str, ...]] = ("stack", "continue")
     """Modes of the adapter stack in which the method means something."""
 

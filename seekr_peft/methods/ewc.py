@@ -25,9 +25,11 @@ FISHER_FILE = "fisher.safetensors"
 class Ewc(ContinualMethod):
     """Adds ``ewc_lambda`` / 2 * sum over tasks t and parameters of F_t (theta - theta_t)^2 to every optimiser step.
 
-    F_t is the diagonal of the empirical Fisher information of the adapter's parameters: the mean square of the loss
-    gradient over ``ewc_samples`` training samples, one sample at a time. One adapter goes on training through all
-    tasks (``adapter_mode="continue"``): a fresh adapter has no earlier value to be held at. Keeps no samples.
+    F_t is the diagonal of the empirical Fisher information of the adapter's parameters, the mean square of the loss
+    gradient over ``ewc_samples`` training samples, one sample at a time, divided by its mean over all parameters: a
+    task that was learnt to a loss near zero has a tiny information, and would not be held at all. One adapter goes on
+    training through all tasks (``adapter_mode="continue"``): a fresh adapter has no earlier value to be held at.
+    Keeps no samples.
     """
 
     name: ClassVar[str] = "ewc"
@@ -67,6 +69,7 @@ class Ewc(ContinualMethod):
                 for path, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
                         fisher[path] += gradient.square() / len(self._samples)
+        fisher = _scaled_to_mean_one(fisher)
         tensors = {f"fisher.{path}": value.cpu().contiguous() for path, value in fisher.items()}
         tensors |= {f"value.{path}": value.detach().cpu().contiguous() for path, value in parameters.items()}
         save_file(tensors, directory / FISHER_FILE)
@@ -88,3 +91,8 @@ class Ewc(ContinualMethod):
             kind, _, parameter = name.partition(".")
             found[kind == "value"][parameter] = tensor
         return found
+
+
+def _scaled_to_mean_one(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+    mean = sum(float(value.sum()) for value in fisher.values()) / sum(value.numel() for value in fisher.values())
+    return {path: value / mean for path, value in fisher.items()} if mean > 0 else fisher

@@ -298,7 +298,7 @@ def _scale_loss(axes: Axes, values: np.ndarray) -> None:
 
 def _name_task_spans(axes: Axes, run: RunRecord, starts: list[int]) -> None:
     """Task names above the top panel, each cut to the width of its own span."""
-    for index, name in enumerate(run.tasks):
+    for index, name in enumerate(run.stages()):
         share = (starts[index + 1] - starts[index]) / max(starts[-1], 1)
         if share > 0:
             label = shorten(f"{index + 1} {name}", int(share * 100))

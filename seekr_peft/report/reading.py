@@ -132,9 +132,16 @@ class RunRecord:
                 values.append(float(value))
         return {index: (np.array(x), np.array(y)) for index, (x, y) in series.items()}
 
+    def stages(self) -> list[str]:
+        """What was trained one after another: the tasks, or the one training of all of them."""
+        trained = {line["task_index"]: str(line.get("task", "")) for line in self.metrics}
+        if set(trained) == {0} and trained[0] not in ("", *self.tasks):
+            return [trained[0]]
+        return self.tasks
+
     def task_starts(self) -> list[int]:
-        """Optimizer steps done before each task, then the total: length K + 1."""
-        lengths = [0] * len(self.tasks)
+        """Optimizer steps done before each stage, then the total: one more than there are stages."""
+        lengths = [0] * len(self.stages())
         for line in self.metrics:
             lengths[line["task_index"]] = max(lengths[line["task_index"]], line["step"])
         return [0, *np.cumsum(lengths).tolist()]

@@ -7,6 +7,8 @@ stays cheap.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from seekr_peft.tasks.samples import (
     read_json_lines,
     suggestion,
 )
-from seekr_peft.tasks.tokenize import encode, prepare_tokenizer
+from seekr_peft.tasks.tokenize import encode, prepare_tokenizer, prompt_room_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -153,7 +155,8 @@ class Task:
     def tokenized(self, tokenizer: Any, max_length: int = 512) -> Task:
         """The same task with `train` tokenised: adds input_ids, attention_mask and labels.
 
-        Labels are -100 on the prompt. `cut` of the new task counts the samples that did not fit in
+        Labels are -100 on the prompt. Prompts that are too long are all cut to one length (`prompt_room`), so that
+        the place of an answer says nothing about it. `cut` of the new task counts the samples that did not fit in
         `max_length` tokens and were shortened. `test` stays text.
 
         Raises:
@@ -167,7 +170,8 @@ class Task:
         data: dict[str, list] = {name: list(self.train[name]) for name in columns}
         instructions = data.get("instruction", [""] * len(self.train))
         rows = zip(data["prompt"], data["answer"], instructions, strict=True)
-        encoded = [encode(tokenizer, *row[:2], max_length, row[2]) for row in rows]
+        room = self.prompt_room(tokenizer, max_length)
+        encoded = [encode(tokenizer, *row[:2], max_length, row[2], room) for row in rows]
         data["input_ids"] = [sample.input_ids for sample in encoded]
         data["attention_mask"] = [[1] * len(sample.input_ids) for sample in encoded]
         data["labels"] = [sample.labels for sample in encoded]
@@ -181,6 +185,18 @@ class Task:
             f"{max_length} tokens and were shortened.",
         )
         return replace(self, train=Dataset.from_dict(data, features=Features(features)), cut=cut)
+
+    def prompt_room(self, tokenizer: Any, max_length: int) -> int:
+        """Tokens that a prompt of this task may have, in training as in testing; see `prompt_room_of`."""
+        return prompt_room_of(tokenizer, list(self.train["prompt"]), list(self.train["answer"]), max_length)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over prompts and answers of both splits, in order: the same data, the same text."""
+        digest = hashlib.sha256(self.metric.encode())
+        for split in (self.train, self.test):
+            for column in ("prompt", "answer"):
+                digest.update(json.dumps(list(split[column])).encode())
+        return digest.hexdigest()
 
 
 def _checked_choices(name: str, choices: Sequence[str]) -> tuple[str, ...]:

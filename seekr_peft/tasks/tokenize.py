@@ -54,7 +54,14 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, prompt: str, answer: str, max_length: int, instruction: str | None = None) -> Encoded:
+def encode(
+    tokenizer: Any,
+    prompt: str,
+    answer: str,
+    max_length: int,
+    instruction: str | None = None,
+    prompt_room: int | None = None,
+) -> Encoded:
     """Token ids of a prompt and its answer, at most `max_length` of them.
 
     The prompt gets the special tokens that the tokenizer puts in front. The answer, stripped and
@@ -64,24 +71,37 @@ def encode(tokenizer: Any, prompt: str, answer: str, max_length: int, instructio
 
     Args:
         instruction: the leading part of `prompt` that is kept; None or '' = none.
+        prompt_room: tokens of the prompt at most, however short the answer is (see `prompt_room_of`).
 
     Raises:
         DataError: no end-of-sequence token, or a `max_length` below 4.
     """
     _check_max_length(max_length)
     prepare_tokenizer(tokenizer)
-    prompt_ids = _prompt_ids(tokenizer, prompt)
-    separator = "" if prompt[-1:].isspace() else " "
-    answer_ids = _ids(tokenizer, separator + answer.strip(), add_special_tokens=False)
-    answer_ids.append(tokenizer.eos_token_id)
-    cut = len(prompt_ids) + len(answer_ids) > max_length
-    if cut:
+    whole = _prompt_ids(tokenizer, prompt)
+    prompt_ids = _shorten(tokenizer, whole, prompt_room or max_length, instruction)
+    answer_ids = _answer_ids(tokenizer, prompt, answer)
+    cut = len(prompt_ids) < len(whole)
+    if len(prompt_ids) + len(answer_ids) > max_length:
+        cut = True
         answer_room = max(max_length // 2, max_length - len(prompt_ids))
         if len(answer_ids) > answer_room:
             answer_ids = [*answer_ids[: answer_room - 1], tokenizer.eos_token_id]
-        prompt_ids = _shorten(tokenizer, prompt_ids, max_length - len(answer_ids), instruction)
+        prompt_ids = _shorten(tokenizer, whole, max_length - len(answer_ids), instruction)
     labels = [IGNORED_LABEL] * len(prompt_ids) + answer_ids
     return Encoded(prompt_ids + answer_ids, labels, cut)
+
+
+def prompt_room_of(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_length: int) -> int:
+    """Tokens that every prompt of a task may have: what its longest answer leaves, at least 3/4 of `max_length`.
+
+    Were each prompt cut to what its own answer leaves, the place where a prompt ends would tell the answer's length,
+    and a model can learn the labels from that alone (agnews at 96 tokens: training loss 0.06, test accuracy below
+    the majority class; docs/pitfalls.md).
+    """
+    pairs = zip(prompts, answers, strict=True)
+    longest = max((len(_answer_ids(tokenizer, *pair)) for pair in pairs), default=0)
+    return max_length - min(longest, max_length // 4)
 
 
 def encode_prompt(tokenizer: Any, prompt: str, max_length: int, instruction: str | None = None) -> list[int]:
@@ -150,6 +170,11 @@ def _shorten(tokenizer: Any, ids: list[int], room: int, instruction: str | None)
     kept = min(kept, room * 3 // 4)
     head = kept + (room - kept) // 2
     return ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    separator = "" if prompt[-1:].isspace() else " "
+    return [*_ids(tokenizer, separator + answer.strip(), add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def _prompt_ids(tokenizer: Any, text: str) -> list[int]:

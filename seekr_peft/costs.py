@@ -1,0 +1,86 @@
+"""What a task costs: seconds, the memory of a step, the bytes that are kept. May import ``peak_memory``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .peak_memory import PeakMemory
+
+COSTS_FILE = "costs.json"
+
+
+@dataclass
+class TaskCost:
+    """The cost of one task under one method.
+
+    ``train_seconds``: the Trainer's own time, replay included. ``other_seconds``: all else that belongs to training
+    the task (drawing and scoring replay samples, storing, adding up the adapters). ``evaluate_seconds``: the answers
+    after it. ``step_peak_bytes``: peak allocation of one optimiser step, with a replay batch where there are any,
+    above what lives between steps (see ``PeakMemory``). ``kept_bytes``: what the task left on disk for the method,
+    without its adapter.
+    """
+
+    name: str
+    n_steps: int = 0
+    train_seconds: float = 0.0
+    other_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    step_peak_bytes: int = 0
+    kept_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, seconds to the millisecond."""
+        return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+class StepPeak(TrainerCallback):
+    """Measures the peak memory of the first optimiser step after step 0 for which ``replay_due``; else of step 1."""
+
+    def __init__(self, replay_due: Callable[[int], bool], device: str) -> None:
+        self._replay_due = replay_due
+        self._device = device
+        self._step: int | None = None
+        self._open: PeakMemory | None = None
+        self.peak = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._step is None:
+            # Step 0 also makes the optimiser's state.
+            self._step = next((step for step in range(1, state.max_steps) if self._replay_due(step)), 1)
+        if state.global_step == self._step:
+            self._open = PeakMemory(self._device)
+            self._open.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop measuring, also after a step that failed."""
+        if self._open is not None:
+            meter, self._open = self._open, None
+            meter.__exit__(None, None, None)
+            self.peak = meter.peak
+
+
+@contextmanager
+def seconds_into(cost: TaskCost, field: str) -> Iterator[None]:
+    """Add the block's wall-clock seconds to a field of ``cost``."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        setattr(cost, field, getattr(cost, field) + time.monotonic() - start)
+
+
+def kept_bytes(task_directory: Path) -> int:
+    """Bytes in a finished task's directory but for its adapter."""
+    adapter = task_directory / "adapter"
+    files = (path for path in task_directory.rglob("*") if path.is_file() and adapter not in path.parents)
+    return sum(path.stat().st_size for path in files)

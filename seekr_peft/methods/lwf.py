@@ -1,0 +1,72 @@
+"""LwF: the model before the task teaches on the new task's own samples (arXiv 1606.09282).
+
+May import ``base``, ``rhythm`` and ``memory``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..forward import answer_logits, evaluation_mode, model_device, pad_token_id
+from ..heads import HeadSelection
+from ..losses import ReplayTerms, softened_kl
+from ..memory import ReplayBatch, ReplaySample, TeacherSignals, choose_samples, collate
+from .base import ContinualMethod
+from .rhythm import Rhythm
+
+
+class Lwf(ContinualMethod):
+    """Adds ``lwf_lambda`` * KL(teacher || student) at temperature ``lwf_temperature`` on samples of the new task.
+
+    The teacher is the model as it was before the task (the earlier adapters without the new one), run beside the
+    student. Keeps no samples. Every ``replay_every`` optimiser steps (default: every one) a batch of
+    ``replay_batch_size`` samples of the new task is drawn for it, apart from the new task's own batch: a Trainer
+    does not hand out that one's logits (TRL's never does). A step with it costs two forwards and a backward more.
+    """
+
+    name: ClassVar[str] = "lwf"
+    needs_samples: ClassVar[bool] = True
+
+    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        self.rhythm = Rhythm(0)
+        self._stream: Iterator[ReplayBatch] = iter(())
+
+    def before_training(self, replay_from: Any) -> None:
+        """Every sample of the task may be drawn."""
+        if self.task_names:
+            samples = choose_samples(replay_from, 1.0, 1, self.config.seed)
+            self._stream = self._batches(samples, self.config.seed + len(self.task_names))
+
+    def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
+        self.rhythm = Rhythm((self.config.replay_every or 1) if self.task_names else 0)
+
+    def replay_due(self, step: int) -> bool:
+        return self.rhythm.due(step)
+
+    @contextmanager
+    def replay_terms(self, model: nn.Module) -> Iterator[ReplayTerms]:
+        batch = next(self._stream).to(model_device(self.model))
+        inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+        # Dropout off for the teacher alone: it is one fixed model.
+        with evaluation_mode(model), self.stack.before_task(), torch.no_grad():
+            teacher, _ = answer_logits(model, *inputs)
+        student, _ = answer_logits(model, *inputs)
+        divergence = softened_kl(student, teacher, self.config.lwf_temperature)
+        yield ReplayTerms(self.config.lwf_lambda * divergence, logits=divergence)
+
+    def _batches(self, samples: list[ReplaySample], seed: int) -> Iterator[ReplayBatch]:
+        """Batches without end in a seeded order, reshuffled each pass."""
+        generator = torch.Generator().manual_seed(seed)
+        size = min(self.config.replay_batch_size, len(samples))
+        nothing = TeacherSignals({}, None)
+        while True:
+            order = torch.randperm(len(samples), generator=generator).tolist()
+            for start in range(0, len(order) - size + 1, size):
+                chosen = [samples[index] for index in order[start : start + size]]
+                yield collate(chosen, [HeadSelection({})] * size, [nothing] * size, pad_token_id(self.model))

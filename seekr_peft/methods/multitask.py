@@ -1,0 +1,15 @@
+"""All tasks at once: the upper bound. May import ``base``."""
+
+from typing import ClassVar
+
+from .base import ContinualMethod
+
+
+class Multitask(ContinualMethod):
+    """Train one adapter on the samples of all tasks together, for as many optimiser steps as the sequence has.
+
+    Nothing is learnt in order, so nothing is forgotten: what a method in the sequence could reach at best.
+    """
+
+    name: ClassVar[str] = "multitask"
+    joint: ClassVar[bool] = True
