@@ -1,12 +1,12 @@
 """Recipes: a YAML file checked in full before anything is loaded, every problem at once. May import ``config``,
-``library_settings``, ``tasks`` and ``errors``."""
+``library_settings``, ``tasks``, ``evaluation.general`` and ``errors``."""
 
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,9 @@ from .config import SeekrConfig, unknown_key
 from .errors import ConfigError
 from .library_settings import Setting, lora_settings, training_choices, training_settings
 from .method_names import method_names
+
+if TYPE_CHECKING:
+    from .evaluation.general import GeneralTest
 
 DEMO = "demo"
 """As ``model.name_or_path`` and ``tasks.format``: the model and tasks that ship with the package."""
@@ -93,11 +96,18 @@ class TasksSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """Greedy generation after each task on all tasks seen so far."""
+    """Greedy generation after each task on all tasks seen so far; tests of general ability, also before the first."""
 
     max_new_tokens: Count = 64
     batch_size: Count = 32
     general: list[str] = []
+    """Names of the tests: NAME/test.jsonl (multiple choice, as mmlu) or text/NAME.txt (the loss on held-out text)."""
+    general_path: str | None = None
+    """The folder of those files; None looks in ``tasks.path`` and in the folder around it."""
+    general_samples: Count = 200
+    """Questions of a multiple-choice test, at most: always the same ones."""
+    general_tokens: Annotated[int, Field(ge=2, strict=True)] = 16384
+    """Tokens of a text, at most: its first ones."""
 
 
 class Recipe(_Section):
@@ -163,6 +173,15 @@ def task_order(recipe: Recipe) -> list[str]:
     from .tasks import task_names
 
     return list(task_names(recipe.tasks.format, Path(str(recipe.tasks.path))))
+
+
+def general_tests(recipe: Recipe) -> list["GeneralTest"]:
+    """The recipe's tests of general ability; reads file names only."""
+    if not recipe.evaluation.general:
+        return []
+    from .evaluation.general import find_general_tests
+
+    return find_general_tests(recipe.evaluation.general, recipe.evaluation.general_path, recipe.tasks.path)[0]
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -355,9 +374,14 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
 
 
 def _evaluation_problems(mapping: dict[str, Any]) -> list[str]:
-    if mapping.get("evaluation", {}).get("general"):
-        return ["evaluation.general: general-ability tests are not part of this version; leave it empty."]
-    return []
+    evaluation = mapping.get("evaluation", {})
+    names = evaluation.get("general")
+    if not isinstance(names, list) or not names:
+        return []
+    from .evaluation.general import find_general_tests
+
+    _, problems = find_general_tests(names, evaluation.get("general_path"), mapping["tasks"].get("path"))
+    return [f"evaluation.general: {problem}" for problem in problems]
 
 
 _CHECKS = (

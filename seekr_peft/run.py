@@ -39,12 +39,13 @@ from .methods.base import STATE_FILE as METHOD_STATE_FILE
 from .methods.base import read_method_state, write_json
 from .modeling import base_fingerprint, load_model
 from .progress import RunProgress, StepReporter, describe_terms
-from .recipe import DEMO, Recipe, load_recipe, save_recipe
-from .report import write_report
+from .recipe import DEMO, Recipe, general_tests, load_recipe, save_recipe
+from .report import read_run, write_report
 from .tasks import Task, read_tasks
 from .trainer import ContinualTrainer
 
 TASKS_FILE = "tasks.json"
+GENERAL_FILE = "general.json"
 ALL_TASKS = "all_tasks"
 """Name of the only stage of a joint method."""
 
@@ -61,7 +62,7 @@ _RENAMED = {
 _PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
-_BEFORE_TRAINING = {RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE}
+_BEFORE_TRAINING = {RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE, GENERAL_FILE}
 """All that a run has written when its first task begins."""
 
 
@@ -104,6 +105,8 @@ def run_recipe(
         _check_directory(directory, recipe, resume)
         if not resume:
             save_recipe(recipe, directory / RECIPE_FILE)
+            # Of a run that ended before its first task, perhaps with another model.
+            (directory / GENERAL_FILE).unlink(missing_ok=True)
         return _Run(recipe, directory, progress).execute()
 
 
@@ -169,6 +172,8 @@ class _Run:
         self._read_costs(trained)
         matrix = AccuracyMatrix.load(self.directory) if finished else AccuracyMatrix(names)
         self._write_task_facts(tasks)
+        if not trained:
+            self._measure_general(model, tokenizer, max_length, after="")
         for index, stage in enumerate(stages):
             if index >= trained:
                 tokenized = [task.tokenized(tokenizer, max_length) for task in stage.trained]
@@ -176,6 +181,7 @@ class _Run:
             if len(stage.seen) > finished:
                 with seconds_into(self.costs[index], "evaluate_seconds"):
                     self._evaluate(model, tokenizer, stage.seen, matrix)
+                    self._measure_general(model, tokenizer, max_length, after=stage.seen[-1].name)
                 if index + 1 == len(stages):
                     # Before the state says "finished", which promises the adapter.
                     method.stack.export(self.directory / "adapter")
@@ -293,6 +299,43 @@ class _Run:
         scores = "  ".join(f"{task.name} {100 * (matrix.score(after=after, on=task.name) or 0):.1f}" for task in seen)
         self.progress.say(f"  after {after}: {scores}")
 
+    def _measure_general(self, model: Any, tokenizer: Any, max_length: int, after: str) -> None:
+        """Add the tests of general ability after task ``after`` ("": before the first) to general.json.
+
+        A value that an earlier session measured stays; one that is not finite (a diverged model's loss) is null.
+        """
+        tests = general_tests(self.recipe)
+        if not tests:
+            return
+        path, section = self.directory / GENERAL_FILE, self.recipe.evaluation
+        record = _read_json(path) or {
+            "tests": [test.to_dict() for test in tests],
+            "after": [],
+            "values": {test.name: [] for test in tests},
+        }
+        if after not in record["after"]:
+            record["after"].append(after)
+            for values in record["values"].values():
+                values.append(None)
+        place = record["after"].index(after)
+        bar = self.progress.start("measuring general ability", len(tests))
+        for number, test in enumerate(tests, start=1):
+            if record["values"][test.name][place] is None:
+                value = test.measure(
+                    model,
+                    tokenizer,
+                    n_questions=section.general_samples,
+                    max_tokens=section.general_tokens,
+                    batch_size=section.batch_size,
+                    max_length=max_length,
+                )
+                record["values"][test.name][place] = value if math.isfinite(value) else None
+                write_json(path, record)
+            self.progress.update(bar, number)
+        self.progress.finish(bar)
+        values = "  ".join(test.describe(record["values"][test.name][place]) for test in tests)
+        self.progress.say(f"  general ability {f'after {after}' if after else 'before the first task'}: {values}")
+
     def _write_task_facts(self, tasks: list[Task]) -> None:
         facts = [
             {
@@ -336,6 +379,8 @@ class _Run:
         bwt = matrix.to_dict()["bwt"]
         if bwt is not None:
             self.progress.say(f"BWT {100 * bwt:+.2f}   {FORMULAS['bwt']}")
+        for curve in read_run(self.directory).general:
+            self.progress.say(f"general ability: {curve.words()}")
         self.progress.say(f"adapter: {self.directory / 'adapter'}   report: {report}")
 
 

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from seekr_peft import cli
 from seekr_peft.demo.run import demo_recipe
 from seekr_peft.errors import ConfigError
-from seekr_peft.recipe import Recipe, load_recipe, save_recipe
+from seekr_peft.recipe import Recipe, general_tests, load_recipe, save_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 
@@ -167,7 +167,24 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
         ({"seed": -1}, "seed: input should be greater than or equal to 0, got -1."),
         (
             {"evaluation": {"general": ["mmlu"]}},
-            "evaluation.general: general-ability tests are not part of this version; leave it empty.",
+            "evaluation.general: the test 'mmlu' was not found, there is no folder to look in; set "
+            "evaluation.general_path to the folder that holds mmlu/test.jsonl (multiple choice) or text/mmlu.txt "
+            "(plain text).",
+        ),
+        (
+            {"evaluation": {"general": ["mmlu"], "general_path": "/no/where"}},
+            "evaluation.general: the test 'mmlu' was not found, none of /no/where/mmlu/test.jsonl, "
+            "/no/where/text/mmlu.txt is there; set evaluation.general_path to the folder that holds mmlu/test.jsonl "
+            "(multiple choice) or text/mmlu.txt (plain text).",
+        ),
+        ({"evaluation": {"general": "mmlu"}}, "evaluation.general: input should be a valid list, got 'mmlu'."),
+        (
+            {"evaluation": {"general_samples": 0}},
+            "evaluation.general_samples: input should be greater than or equal to 1, got 0.",
+        ),
+        (
+            {"evaluation": {"general_tokens": 1}},
+            "evaluation.general_tokens: input should be greater than or equal to 2, got 1.",
         ),
     ],
 )
@@ -198,6 +215,28 @@ def test_an_unknown_task_format_is_named_even_without_a_path() -> None:
 def test_a_folder_that_is_missing_is_named_with_its_nearest_parent(tmp_path: Path) -> None:
     (message,) = problems(recipe(tasks={"format": "jsonl", "path": str(tmp_path / "no" / "where")}))
     assert message.startswith("tasks: ") and str(tmp_path) in message
+
+
+def test_general_tests_are_found_beside_the_tasks_by_name_alone(tmp_path: Path) -> None:
+    for name in ("tasks/only", "mmlu", "tasks/arc", "text"):
+        (tmp_path / name).mkdir(parents=True)
+    files = ["tasks/only/train.jsonl", "tasks/only/test.jsonl", "mmlu/test.jsonl", "tasks/arc/test.jsonl", "text/a.txt"]
+    for file in files:
+        (tmp_path / file).write_text("not read")
+    tasks = {"format": "jsonl", "path": str(tmp_path / "tasks"), "order": ["only"]}
+    found = load_recipe(recipe(tasks=tasks, evaluation={"general": ["mmlu", "arc", "a"]}))
+    assert [(test.name, test.kind) for test in general_tests(found)] == [
+        ("mmlu", "choice"),
+        ("arc", "choice"),
+        ("a", "text"),
+    ]
+    assert (found.evaluation.general_samples, found.evaluation.general_tokens) == (200, 16384)
+    assert general_tests(load_recipe(recipe(tasks=tasks))) == []
+    (twice, missing) = problems(recipe(tasks=tasks, evaluation={"general": ["arc", "arc", "mmlv"]}))
+    assert twice == "evaluation.general: 'arc' is named more than once; name it once."
+    for folder in (tmp_path / "tasks", tmp_path):
+        assert f"{folder / 'mmlv' / 'test.jsonl'}, {folder / 'text' / 'mmlv.txt'}" in missing
+    assert "set evaluation.general_path" in missing
 
 
 def test_the_sections_that_are_left_out_have_defaults() -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,20 @@ def inspected(run_directory: Path, width: int = 80) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     render_inspection(run_directory, console)
     return console.export_text()
+
+
+def with_general(run_directory: Path) -> Path:
+    """Adds two tests of general ability, measured before the first of FOUR and after the first two."""
+    content = {
+        "tests": [
+            {"name": "mmlu", "kind": "choice", "unit": "fraction right", "file": "mmlu/test.jsonl"},
+            {"name": "story", "kind": "text", "unit": "nats per token", "file": "text/story.txt"},
+        ],
+        "after": ["", *FOUR[:2]],
+        "values": {"mmlu": [0.25, 0.3, 0.2], "story": [3.0, None, 3.5]},
+    }
+    write_json(run_directory / "general.json", content)
+    return run_directory
 
 
 def refusal(run_directory: Path) -> str:
@@ -164,6 +179,27 @@ def test_a_run_before_its_first_finished_task_needs_no_matrix(tmp_path: Path) ->
     assert "0 of 4 tasks finished" in inspected(run)
 
 
+def test_general_ability_is_read_up_to_its_last_measurement(tmp_path: Path) -> None:
+    mmlu, text = read_run(with_general(build_run(tmp_path / "run", FOUR, n_finished=2))).general
+    assert (mmlu.name, mmlu.kind, mmlu.values.tolist()) == ("mmlu", "choice", [0.25, 0.3, 0.2])
+    assert mmlu.shown.tolist() == [25.0, 30.0, 20.0]
+    assert mmlu.words() == "mmlu 25.0 % right at first, 20.0 % after task 2 (-5.0 points)"
+    assert text.values[[0, 2]].tolist() == [3.0, 3.5] and np.isnan(text.values[1])
+    assert text.words() == "story 3.000 nats per token at first, 3.500 after task 2 (+0.500)"
+
+
+def test_general_ability_of_a_run_in_its_first_task_is_the_bases(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", FOUR, n_finished=0)
+    tests = [{"name": "mmlu", "kind": "choice"}]
+    for after, values, words in (
+        ([""], [0.25], "mmlu 25.0 % right at first"),
+        ([], [], "mmlu not measured"),
+    ):
+        write_json(run / "general.json", {"tests": tests, "after": after, "values": {"mmlu": values}})
+        assert [curve.words() for curve in read_run(run).general] == [words]
+        assert write_report(run).is_file()
+
+
 # ---- refusals
 
 
@@ -208,6 +244,16 @@ def test_missing_matrix_of_a_finished_task_is_named(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / "accuracy_matrix.json").unlink()
     assert f"{run / 'accuracy_matrix.json'} is missing" in refusal(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"after": ["", "x", "FOMC"]}, {"values": {"mmlu": [0.1, 0.2, 0.3]}}, {"tests": [{}]}, {"after": [""]}],
+)
+def test_general_ability_that_does_not_fit_the_run_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = with_general(build_run(tmp_path / "run", FOUR)) / "general.json"
+    write_json(path, {**json.loads(path.read_text()), **change})
+    assert f"{path} does not hold tests of general ability after these tasks" in refusal(path.parent)
 
 
 @pytest.mark.parametrize("score", [54.99, -0.1, "0.9", True])
@@ -344,11 +390,30 @@ def test_stopped_run_says_how_far_it_came(tmp_path: Path) -> None:
     assert "(K = 2)" in text
 
 
+def test_general_ability_has_a_figure_a_panel_a_test_and_its_words(tmp_path: Path) -> None:
+    run = with_general(build_run(tmp_path / "run", FOUR, steps=3))
+    reader, words = PageReader(write_report(run)), [curve.words() for curve in read_run(run).general]
+    assert (run / "figures" / "general.png").is_file()
+    assert f"Drift of general ability over the tasks, one panel a test: {'; '.join(words)}." in reader.attributes(
+        "img", "alt"
+    )
+    assert all(word in reader.text for word in words)
+    figure = figures.draw_general(read_run(run))
+    assert figure is not None
+    mmlu, story = figure.axes
+    assert [mmlu.get_ylabel(), story.get_ylabel()] == ["right (%)", "nats per token"]
+    base, line = mmlu.get_lines()
+    assert list(base.get_ydata()) == [25.0, 25.0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 1, 2], [25.0, 30.0, 20.0])
+    assert list(story.get_lines()[1].get_xdata()) == [0, 2], "a value that is missing has no point"
+
+
 def test_sections_without_files_say_why(tmp_path: Path) -> None:
     text = PageReader(write_report(build_run(tmp_path / "run", method="sequential"))).text
     assert "Left out: this run keeps no replay memory" in text
     assert "Left out: the run directory has no importance.safetensors" in text
     assert "Left out: this run stores no teachers" in text
+    assert "Left out: the recipe names no tests under evaluation.general" in text
 
 
 def test_figure_of_an_earlier_report_does_not_stay(tmp_path: Path) -> None:
@@ -531,6 +596,12 @@ def test_inspection_of_twelve_tasks_fits_eighty_columns(tmp_path: Path) -> None:
 
 def test_inspection_does_not_read_names_as_markup(tmp_path: Path) -> None:
     assert "1 [red]a[bold]" in inspected(build_run(tmp_path / "run", ["[red]a[bold]"], steps=2))
+
+
+def test_inspection_has_a_line_a_test_of_general_ability(tmp_path: Path) -> None:
+    run = with_general(build_run(tmp_path / "run", FOUR, steps=2))
+    for curve in read_run(run).general:
+        assert curve.words() in inspected(run).splitlines()
 
 
 def test_inspection_without_selection_says_so(tmp_path: Path) -> None:

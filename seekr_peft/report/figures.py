@@ -197,6 +197,38 @@ def _draw_task_curves(axes: Axes, runs: dict[str, RunRecord], task: int) -> None
     axes.tick_params(length=2)
 
 
+def draw_general(run: RunRecord) -> Figure | None:
+    """One panel a test of general ability: its value before the first task (0) and after each, the first one dashed."""
+    curves = [curve for curve in run.general if np.isfinite(curve.values).any()]
+    if not curves:
+        return None
+    per_row = min(len(curves), 3)
+    n_rows = math.ceil(len(curves) / per_row)
+    with report_style():
+        size = (3.2 * per_row + 0.6, 2.3 * n_rows + 0.3)
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.06))
+        grid = figure.subplots(n_rows, per_row, squeeze=False)
+        for axes in grid.flat[len(curves) :]:
+            axes.set_axis_off()
+        for axes, curve in zip(grid.flat, curves, strict=False):
+            after = np.flatnonzero(np.isfinite(curve.values))
+            if np.isfinite(curve.values[0]):
+                axes.axhline(curve.shown[0], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+            axes.plot(after, curve.shown[after], color=OKABE_ITO[0], marker="o", markersize=4.5, linewidth=1.6)
+            # A change that chance explains shall not fill the panel.
+            low, high = axes.get_ylim()
+            spare = max((0.2 if curve.kind == "text" else 20) - (high - low), 0) / 2
+            axes.set_ylim(low - spare, high + spare)
+            axes.set_title(shorten(curve.name, 36), loc="left")
+            axes.set_ylabel("nats per token" if curve.kind == "text" else "right (%)")
+            axes.set_xlim(-0.4, len(run.tasks) + 0.4)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            axes.grid(axis="y")
+            axes.tick_params(length=2)
+        figure.supxlabel("after training task (0: before the first)", size=9)
+    return figure
+
+
 def draw_heads(heads: HeadImportance) -> Figure | None:
     """Layers x heads, importance relative to the largest on a log scale, the selected heads
     outlined.

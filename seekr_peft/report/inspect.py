@@ -21,7 +21,7 @@ NAME_LIMIT = 28
 
 
 def render_inspection(run_directory: str | Path, console: Console) -> None:
-    """Print state, tasks with teacher and memory, selected heads, and the matrix with OP and BWT.
+    """Print state, tasks with teacher and memory, selected heads, the matrix with OP and BWT, and general ability.
 
     Raises RunError when the directory is not a run directory or a file in it is broken.
     """
@@ -40,6 +40,10 @@ def render_inspection(run_directory: str | Path, console: Console) -> None:
     title = "Accuracy (%) on each task, after training task ..."
     _print_table(console, title, matrix_table(run))
     console.print(_scores(run))
+    if run.general:
+        console.print(Text("\nGeneral ability, at first (before the first task) and after the last one", "bold"))
+    for curve in run.general:
+        console.print(Text(curve.words()))
 
 
 def _state(run: RunRecord) -> Text:

@@ -122,7 +122,7 @@ def _shared_pictures(records: dict[str, RunRecord]) -> dict[str, Picture]:
     }
 
 
-FIGURE_NAMES = ("accuracy_matrix", "retention", "head_importance", "loss_terms", "memory")
+FIGURE_NAMES = ("accuracy_matrix", "retention", "general", "head_importance", "loss_terms", "memory")
 
 
 def run_pictures(run: RunRecord) -> dict[str, Picture]:
@@ -136,6 +136,7 @@ def run_pictures(run: RunRecord) -> dict[str, Picture]:
             figures.draw_retention({run.method: run}),
             f"One panel a task: accuracy in percent after each later task. {_retention_words(run)}",
         ),
+        "general": (figures.draw_general(run), _general_words(run)),
         "loss_terms": (figures.draw_losses(run), _loss_words(run)),
         "memory": (figures.draw_memory(run), _memory_words(run)),
     }
@@ -163,6 +164,11 @@ def _retention_words(run: RunRecord) -> str:
         if known.size:
             words.append(f"{name} from {100 * known[0]:.0f} to {100 * known[-1]:.0f}")
     return ("Percent: " + ", ".join(words) + ".") if words else "No task finished yet."
+
+
+def _general_words(run: RunRecord) -> str:
+    curves = "; ".join(curve.words() for curve in run.general)
+    return f"Drift of general ability over the tasks, one panel a test: {curves}."
 
 
 def _loss_words(run: RunRecord) -> str:

@@ -69,6 +69,35 @@ class HeadImportance:
 
 
 @dataclass(frozen=True)
+class GeneralCurve:
+    """One test of general ability. `values` is (n,) float64, before the first task and after each of the tasks up to
+    the last measurement, NaN where there is none: a fraction right of multiple choice ('choice'), or nats per token of
+    a 'text'.
+    """
+
+    name: str
+    kind: str
+    values: np.ndarray
+
+    @property
+    def shown(self) -> np.ndarray:
+        """`values` as they are shown: fractions in percent."""
+        return self.values if self.kind == "text" else 100 * self.values
+
+    def words(self) -> str:
+        """The values before the first task and at the last measurement, and how far they are apart."""
+        if not self.values.size:
+            return f"{self.name} not measured"
+        base, last = self.shown[0], self.shown[-1]
+        if self.kind == "text":
+            start, end, change = f"{base:.3f} nats per token", f"{last:.3f}", f"{last - base:+.3f}"
+        else:
+            start, end, change = f"{base:.1f} % right", f"{last:.1f} %", f"{last - base:+.1f} points"
+        start = f"{self.name} {start} at first"
+        return start if self.values.size == 1 else f"{start}, {end} after task {self.values.size - 1} ({change})"
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """One run directory. `scores` is (K, K) float64: task i after training task j, NaN where not
     measured.
@@ -87,6 +116,7 @@ class RunRecord:
     memories: dict[int, TaskMemory] = field(default_factory=dict)
     heads: HeadImportance | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    general: list[GeneralCurve] = field(default_factory=list)
 
     @property
     def method(self) -> str:
@@ -175,6 +205,7 @@ def read_run(run_directory: str | Path) -> RunRecord:
         memories=_read_memories(directory / "tasks", len(tasks)),
         heads=_read_heads(directory / "importance.safetensors", len(tasks)),
         metrics=_read_metrics(directory / "metrics.jsonl", len(tasks)),
+        general=_read_general(directory / "general.json", tasks),
     )
 
 
@@ -249,6 +280,24 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise RunError(f"{path} is not valid YAML ({reason}): correct it or remove it") from error
     return _as_mapping(recipe)
+
+
+def _read_general(path: Path, tasks: list[str]) -> list[GeneralCurve]:
+    content = _read_object(path, required=False)
+    try:
+        # "" stands for the model before the first task.
+        places = [["", *tasks].index(name) for name in content.get("after", [])]
+        curves = []
+        for test in content.get("tests", []):
+            values = np.full(max(places, default=-1) + 1, np.nan)
+            values[places] = [math.nan if value is None else value for value in content["values"][test["name"]]]
+            curves.append(GeneralCurve(test["name"], test["kind"], values))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{path} does not hold tests of general ability after these tasks ({type(error).__name__}: {error}): "
+            "remove it, or run again"
+        ) from error
+    return curves
 
 
 def _read_memories(tasks_folder: Path, n_tasks: int) -> dict[int, TaskMemory]:

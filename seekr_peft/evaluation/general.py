@@ -1,0 +1,228 @@
+"""General ability: what a model can do besides the tasks, by multiple choice and by the loss on held-out text.
+
+May import ``tasks``, ``forward`` and ``errors``; torch inside functions, so that a recipe's tests are found without it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from seekr_peft.errors import DataError
+from seekr_peft.tasks import AnswerCollator, encode_prompt, prepare_tokenizer
+from seekr_peft.tasks.samples import read_json_lines, read_text
+from seekr_peft.tasks.tokenize import IGNORED_LABEL
+
+UNITS = {"choice": "fraction right", "text": "nats per token"}
+"""What the value of each kind of test is."""
+
+_CHARACTERS_PER_TOKEN = 16
+_TOKENS_PER_FORWARD = 1024
+
+
+@dataclass(frozen=True)
+class GeneralTest:
+    """One test by name and file: multiple choice from a .jsonl file, the loss on text from a .txt file."""
+
+    name: str
+    path: Path
+
+    @property
+    def kind(self) -> Literal["choice", "text"]:
+        """Which of the two measurements it is."""
+        return "choice" if self.path.suffix == ".jsonl" else "text"
+
+    def to_dict(self) -> dict[str, str]:
+        """Name, kind, unit and file, ready for JSON."""
+        return {"name": self.name, "kind": self.kind, "unit": UNITS[self.kind], "file": str(self.path)}
+
+    def describe(self, value: float | None) -> str:
+        """A value with its name and unit; None stands for one that is not finite."""
+        if value is None:
+            return f"{self.name} not finite"
+        return f"{self.name} {100 * value:.1f} % right" if self.kind == "choice" else f"{self.name} {value:.3f} nats"
+
+    def measure(
+        self, model: Any, tokenizer: Any, *, n_questions: int, max_tokens: int, batch_size: int, max_length: int
+    ) -> float:
+        """The test's value, in the unit of its kind; see `multiple_choice` and `text_loss`.
+
+        Of a longer file `n_questions` are drawn, by the test's name alone: the same in every run and after every task.
+        """
+        if self.kind == "text":
+            # All the logits of a window come back at once; a short window leaves room for several.
+            batch_size = max(1, min(batch_size, _TOKENS_PER_FORWARD // max_length))
+            return text_loss(model, tokenizer, read_text(self.path), max_tokens, max_length, batch_size)
+        questions = read_questions(self.path)
+        # Random hashes a string seed with SHA-512, hence the same draw in every process.
+        drawn = random.Random(self.name).sample(questions, min(n_questions, len(questions)))
+        return multiple_choice(model, tokenizer, drawn, batch_size, max_length)
+
+
+def find_general_tests(
+    names: Sequence[str], general_path: str | Path | None, tasks_path: str | Path | None
+) -> tuple[list[GeneralTest], list[str]]:
+    """The tests of these names, and what is wrong with them, one sentence each; reads file names only.
+
+    The test NAME is FOLDER/NAME/test.jsonl (multiple choice) or FOLDER/text/NAME.txt (plain text). FOLDER is
+    `general_path`, or without it `tasks_path` or the folder around that, where benchmarks are often kept together.
+    """
+    if general_path:
+        folders = [Path(general_path)]
+    else:
+        # abspath: the folder around "." is not "." itself.
+        folders = [Path(tasks_path), Path(os.path.abspath(tasks_path)).parent] if tasks_path else []
+    tests, problems = [], []
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            problems.append(f"{name!r} is named more than once; name it once.")
+        places = [place for folder in folders for place in (folder / name / "test.jsonl", folder / f"text/{name}.txt")]
+        found = next((place for place in places if place.is_file()), None)
+        if found is not None:
+            tests.append(GeneralTest(name, found))
+            continue
+        looked = f"none of {', '.join(map(str, places))} is there" if places else "there is no folder to look in"
+        problems.append(
+            f"the test {name!r} was not found, {looked}; set evaluation.general_path to the folder that holds "
+            f"{name}/test.jsonl (multiple choice) or text/{name}.txt (plain text)."
+        )
+    return tests, problems
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """The questions of a JSON-lines file as {'question': text, 'choices': texts, 'answer': index of the right one}.
+
+    A line may also give its choices as 'choice0', 'choice1', ... and its answer as digits; other keys are ignored.
+
+    Raises:
+        DataError: no question, or a line that is none; names file and line.
+    """
+    questions = [_checked_question(row, place) for place, row in read_json_lines(path)]
+    if not questions:
+        raise DataError(f"{path} holds no questions; a multiple-choice test needs at least one.")
+    return questions
+
+
+def _checked_question(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{place} is a {type(row).__name__}, not an object with question, choices and answer.")
+    numbered = [row[key] for key in (f"choice{index}" for index in range(len(row))) if key in row]
+    question, choices, answer = row.get("question"), row.get("choices", numbered), row.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{place}: 'question' is {question!r}; it must be a text that is not empty.")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise DataError(f"{place}: the choices are {choices!r}; give two texts or more, none of them empty.")
+    index = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
+        raise DataError(f"{place}: 'answer' is {answer!r}; it must be the index of one of {len(choices)} choices.")
+    return {"question": question, "choices": choices, "answer": index}
+
+
+def multiple_choice(
+    model: Any, tokenizer: Any, questions: Sequence[Mapping[str, Any]], batch_size: int, max_length: int
+) -> float:
+    """The fraction of `questions` whose right choice has the highest score; of equal scores the first counts.
+
+    The score of a choice is the mean log-probability per token (nats) of its own text after "Question: ...\\nAnswer:".
+    This is the cloze form: the choices are not listed in the prompt and no letter is asked for, because small base
+    models do not tie letters to choices. The mean instead of the sum keeps long choices from losing for their length
+    (`acc_norm` of the lm-evaluation-harness, there per byte). Chance level is 1 / number of choices.
+
+    The model is in eval mode meanwhile; every module's mode is as before afterwards. Logits are computed only where
+    some choice of the batch is predicted, and only those of the choices' own tokens go through a softmax.
+
+    Args:
+        questions: each with question (text), choices (texts) and answer (index of the right one).
+        batch_size: choices a forward pass; each is a sequence of its own, padded on the right.
+        max_length: tokens of prompt and choice at most. A longer prompt loses its middle, the same for all choices of
+            a question; a choice loses what goes beyond half of `max_length`.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from seekr_peft.forward import answer_logits, evaluation_mode, model_device
+
+    prepare_tokenizer(tokenizer)
+    samples = [sample for question in questions for sample in _choice_samples(tokenizer, question, max_length)]
+    collate = AnswerCollator(tokenizer.pad_token_id)
+    device = model_device(model)
+    scores = [0.0] * len(samples)
+    # The longest first: what fits into memory once goes on fitting.
+    longest_first = sorted(range(len(samples)), key=lambda index: -len(samples[index]["input_ids"]))
+    with evaluation_mode(model), torch.no_grad():
+        for start in range(0, len(samples), batch_size):
+            batch = longest_first[start : start + batch_size]
+            inputs = {key: tensor.to(device) for key, tensor in collate([samples[index] for index in batch]).items()}
+            logits, targets = answer_logits(model, **inputs)
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            parts = losses.split([samples[index]["n_answer"] for index in batch])
+            for index, part in zip(batch, parts, strict=True):
+                scores[index] = -float(part.mean())
+    right, first = 0, 0
+    for question in questions:
+        own = scores[first : first + len(question["choices"])]
+        right += own.index(max(own)) == question["answer"]
+        first += len(own)
+    return right / len(questions)
+
+
+def _choice_samples(tokenizer: Any, question: Mapping[str, Any], max_length: int) -> list[dict[str, Any]]:
+    """One sample a choice, without end-of-sequence: `input_ids`, `labels` (-100 on the prompt) and `n_answer`."""
+    texts = [f" {choice.strip()}" for choice in question["choices"]]
+    choices = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    choices = [list(ids)[: max_length // 2] for ids in choices]
+    if not all(choices):
+        raise DataError(f"The choices {question['choices']!r} have one without tokens in the model's vocabulary.")
+    room = max_length - max(map(len, choices))
+    prompt = encode_prompt(tokenizer, f"Question: {question['question'].strip()}\nAnswer:", room)
+    ignored = [IGNORED_LABEL] * len(prompt)
+    return [{"input_ids": prompt + ids, "labels": ignored + ids, "n_answer": len(ids)} for ids in choices]
+
+
+def text_loss(model: Any, tokenizer: Any, text: str, max_tokens: int, window: int, batch_size: int) -> float:
+    """Mean cross-entropy of the first `max_tokens` tokens of `text`, in nats per token; its exp is the perplexity.
+
+    The tokens are cut into windows that do not overlap and do not see one another. Each window begins with the special
+    tokens that the tokenizer puts in front of a text; without any, a window's first token is not predicted.
+
+    The model is in eval mode meanwhile; every module's mode is as before afterwards. The softmax is taken in float32,
+    one window at a time.
+
+    Args:
+        window: tokens of a window, special tokens included; at most the model's positions.
+        batch_size: windows a forward pass, whose logits (batch_size, window, vocabulary) the model returns at once.
+
+    Raises:
+        DataError: the text has too few tokens to predict one.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from seekr_peft.forward import evaluation_mode, model_device
+
+    prepare_tokenizer(tokenizer)
+    front = encode_prompt(tokenizer, "", window)
+    # A tokenizer reads all it is given; hardly any text has so many characters a token.
+    beginning = text[: _CHARACTERS_PER_TOKEN * max_tokens]
+    ids = list(tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"])[:max_tokens]
+    room, given = window - len(front), max(len(front), 1)
+    windows = [front + ids[start : start + room] for start in range(0, len(ids), room)]
+    windows = [row for row in windows if len(row) > given]
+    if not windows:
+        raise DataError(f"The held-out text {text[:60]!r} has too few tokens to measure a loss; give a longer one.")
+    collate = AnswerCollator(tokenizer.pad_token_id)
+    device = model_device(model)
+    total = 0.0
+    with evaluation_mode(model), torch.no_grad():
+        for start in range(0, len(windows), batch_size):
+            rows = windows[start : start + batch_size]
+            inputs = {name: tensor.to(device) for name, tensor in collate([{"input_ids": row} for row in rows]).items()}
+            logits = model(**inputs, use_cache=False).logits
+            for row, own in zip(rows, logits, strict=True):
+                targets = torch.tensor(row[given:], device=own.device)
+                total += float(F.cross_entropy(own[given - 1 : len(row) - 1].float(), targets, reduction="sum"))
+    return total / sum(len(row) - given for row in windows)
