@@ -1,10 +1,10 @@
-"""The command line: ``seekr-peft demo | run | doctor | report | inspect | export``. Each command is one Python call.
+"""The command line: ``seekr-peft demo | run | compare | doctor | report | inspect | export``, one Python call each.
 
 Heavy imports are inside the commands, so that ``--help`` answers at once.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,6 +72,43 @@ def run(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, as for run", show_default=False)
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods, or variants of the recipe's compare section: a,b,c.", show_default=False),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds: 0,1,2 (the default).", show_default=False)] = None,
+    orders: Annotated[
+        str | None,
+        typer.Option(help="How many orders of the tasks (default 1), or the orders: a,b,c;c,b,a.", show_default=False),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check all recipes and count the runs.")] = False,
+) -> None:
+    """Is it worth it? Run several methods on the same tasks, seeds and orders; ends with one table and one page.
+
+    Stopped at any moment, the same command goes on. Started in several terminals, it shares the runs among them.
+    """
+    _quiet()
+    from .compare import compare as compare_methods
+    from .compare import plan_comparison
+
+    settings: dict[str, Any] = {
+        "methods": [method.strip() for method in methods.split(",")] if methods else None,
+        "seeds": _whole_numbers("--seeds", seeds),
+        "orders": _orders(orders),
+    }
+    if check:
+        plan = plan_comparison(recipe, overrides or [], **settings)
+        typer.echo(f"{recipe} is fine: {len(plan.jobs)} runs into {plan.directory}.")
+        return
+    compare_methods(recipe, overrides or [], **settings)
+
+
+@app.command()
 def doctor(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)],
     overrides: Annotated[
@@ -122,6 +159,23 @@ def export(
     from .export import export_adapter
 
     typer.echo(export_adapter(run_directory, out))
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise ConfigError(f"{option} must be whole numbers with commas between, as in 0,1,2, got {text!r}.") from None
+
+
+def _orders(text: str | None) -> int | list[list[str]] | None:
+    if not text:
+        return None
+    return (
+        int(text)
+        if text.strip().isdigit()
+        else [[name.strip() for name in order.split(",")] for order in text.split(";")]
+    )
 
 
 def _quiet() -> None:

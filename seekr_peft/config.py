@@ -15,6 +15,7 @@ Norm = Literal["frobenius", "mean_square"]
 Accumulate = Literal["product_of_sums", "sum_of_products"]
 ReplayStep = Literal["added", "separate"]
 SampleSelection = Literal["random", "first"]
+LayerChoice = Literal["anywhere", "thirds"]
 HeadChoice = Literal["importance", "sensitivity", "forgettability", "random", "all"]
 
 
@@ -51,6 +52,10 @@ class SeekrConfig:
 
     head_choice: HeadChoice = "importance"
     """What ranks the heads: the paper's importance, one of its two factors, "random" (seeded), or "all" heads."""
+
+    layer_choice: LayerChoice = "anywhere"
+    """Where the layers of ``layer_budget`` are taken: "anywhere" (the paper), or equally from each third of the
+    model's depth ("thirds")."""
 
     norm: Norm = "frobenius"
     """How a head's change and gradient are measured: the paper's Frobenius norm, or the released code's mean square."""

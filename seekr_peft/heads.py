@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .config import Accumulate, HeadChoice, budget_count
+from .config import Accumulate, HeadChoice, LayerChoice, budget_count
 from .errors import ConfigError
 
 
@@ -66,6 +66,7 @@ class HeadSelection(Mapping[int, tuple[int, ...]]):
         importance: Tensor,
         layer_budget: int | float | None = None,
         head_budget: int | float | None = None,
+        layer_choice: LayerChoice = "anywhere",
     ) -> HeadSelection:
         """The most important heads of the most important layers.
 
@@ -77,6 +78,7 @@ class HeadSelection(Mapping[int, tuple[int, ...]]):
             importance: ``(n_layers, n_heads)``, any real dtype, finite.
             layer_budget: A count, a share in (0, 1] of the layers, or None for all.
             head_budget: A count, a share in (0, 1] of **all** the model's heads, or None for all of the kept layers.
+            layer_choice: "thirds" takes the layers in turn from the upper, middle and lower third of ``importance``.
 
         Raises:
             ConfigError: The tensor is not two-dimensional, or has a value that is not finite.
@@ -85,14 +87,14 @@ class HeadSelection(Mapping[int, tuple[int, ...]]):
         """
         scores = _checked_importance(importance)
         n_layers, n_heads = scores.shape
-        layers = _largest(scores.sum(dim=1), budget_count(layer_budget, n_layers))
-        layers = sorted(layers)
+        ranked = _in_turn_from_thirds(scores.sum(dim=1)) if layer_choice == "thirds" else _largest(scores.sum(dim=1))
+        layers = sorted(ranked[: budget_count(layer_budget, n_layers)])
         candidates = scores[layers].flatten()
         count = min(budget_count(head_budget, n_layers * n_heads), candidates.numel())
         if head_budget is None:
             count = candidates.numel()
         heads: dict[int, list[int]] = {}
-        for flat in _largest(candidates, count):
+        for flat in _largest(candidates)[:count]:
             heads.setdefault(layers[flat // n_heads], []).append(flat % n_heads)
         return cls(heads)
 
@@ -158,6 +160,7 @@ class ImportanceRecord:
         head_budget: int | float | None,
         *,
         accumulate: Accumulate = "product_of_sums",
+        layer_choice: LayerChoice = "anywhere",
         seed: int = 0,
         layers: Sequence[int] | None = None,
     ) -> HeadSelection:
@@ -178,13 +181,22 @@ class ImportanceRecord:
             scores = self.total_forgettability()
         else:
             scores = self.importance(accumulate)
-        chosen = HeadSelection.top(scores[present], layer_budget, head_budget)
+        chosen = HeadSelection.top(scores[present], layer_budget, head_budget, layer_choice)
         return HeadSelection({present[place]: heads for place, heads in chosen.items()})
 
 
-def _largest(scores: Tensor, count: int) -> list[int]:
+def _largest(scores: Tensor) -> list[int]:
+    """Indices by falling score."""
     # A stable descending sort leaves ties in index order.
-    return torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
+    return torch.sort(scores, descending=True, stable=True).indices.tolist()
+
+
+def _in_turn_from_thirds(totals: Tensor) -> list[int]:
+    """Layers in rounds: the best of each third of the depth, then the second best of each, and so on."""
+    places = torch.arange(len(totals)).tensor_split(3)
+    ranked = [[int(third[i]) for i in _largest(totals[third])] for third in places if len(third)]
+    rounds = [[third[i] for third in ranked if i < len(third)] for i in range(max(map(len, ranked)))]
+    return [layer for chosen in rounds for layer in sorted(chosen, key=lambda layer: (-float(totals[layer]), layer))]
 
 
 def _checked_importance(importance: Tensor) -> Tensor:

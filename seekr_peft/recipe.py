@@ -110,6 +110,24 @@ class EvaluationSection(_Section):
     """Tokens of a text, at most: its first ones."""
 
 
+class CompareSection(_Section):
+    """What ``seekr-peft compare`` runs side by side; ``seekr-peft run`` takes no notice of it."""
+
+    title: str | None = None
+    variants: dict[str, dict[str, Any]] = {}
+    """Label to the recipe keys in which that variant differs, dotted: ``{random heads: {method.head_choice: random}}``.
+    Empty: the methods sequential, replay and seekr."""
+    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = [0, 1, 2]
+    orders: Count | list[list[str]] = 1
+    """Orders of the tasks, or how many: the one of ``tasks.order``, then seeded shuffles of it."""
+    runs_dir: str | None = None
+    """Where the runs are kept; None: ``runs`` in ``output_dir``. Comparisons with the same one share their runs."""
+    baseline: str | None = None
+    """The variant that the others are tested against; None takes ``replay`` where there is one."""
+    curve: str | None = None
+    """The key whose values are the x axis of a figure, such as ``method.head_budget``."""
+
+
 class Recipe(_Section):
     """A whole run: resolved, validated, plain values."""
 
@@ -121,6 +139,7 @@ class Recipe(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     output_dir: str = "runs/run"
+    compare: CompareSection = CompareSection()
 
     @property
     def method_name(self) -> str:
@@ -134,14 +153,18 @@ class Recipe(_Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML."""
-        return self.model_dump(mode="json")
+        mapping = self.model_dump(mode="json")
+        if self.compare == CompareSection():
+            del mapping["compare"]
+        return mapping
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe without loading a model or data.
 
     Args:
-        source: A YAML file, a mapping, or a Recipe.
+        source: A YAML file, a mapping, or a Recipe. A file with ``extends: OTHER.yaml`` (beside it) takes over all
+            that it does not say itself.
         overrides: ``section.key=value`` strings; the value is read as YAML.
 
     Raises:
@@ -149,7 +172,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     """
     if isinstance(source, Recipe):
         source = source.to_dict()
-    mapping = _read_yaml(Path(source)) if isinstance(source, (str, Path)) else _copied(source)
+    mapping = _read_extended(Path(source)) if isinstance(source, (str, Path)) else _copied(source)
     problems: list[str] = []
     for override in overrides:
         _override(mapping, override, problems)
@@ -198,6 +221,27 @@ def _resolved(recipe: Recipe) -> Recipe:
     method = {"name": recipe.method_name, **settings}
     adapter = AdapterSection(mode=recipe.adapter.mode, rank_limit=recipe.adapter.rank_limit, **recipe.adapter.lora())
     return recipe.model_copy(update={"method": method, "adapter": adapter})
+
+
+def _read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's mapping, laid over that of the file it extends."""
+    mapping = _read_yaml(path)
+    parent = mapping.pop("extends", None)
+    if parent is None:
+        return mapping
+    if not isinstance(parent, str) or path.resolve() in seen:
+        raise ConfigError(f"recipe {path}: extends is {parent!r}; give another recipe's file name, not in a circle.")
+    return _laid_over(_read_extended(path.parent / parent, (*seen, path.resolve())), mapping)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` with what only ``below`` says; sections are merged key by key, everything else is replaced."""
+    both = {key: below[key] for key in below.keys() & above.keys()}
+    merged = {
+        key: _laid_over(value, above[key]) if isinstance(value, dict) and isinstance(above[key], dict) else above[key]
+        for key, value in both.items()
+    }
+    return {**below, **above, **merged}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

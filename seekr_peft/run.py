@@ -68,11 +68,12 @@ _BEFORE_TRAINING = {RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE, GEN
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind: its ``directory``, the ``matrix`` of scores, and the path of the ``report`` page."""
+    """What a run leaves behind: its ``directory``, the ``matrix`` of scores, and the path of the ``report`` page, if
+    one was asked for."""
 
     directory: Path
     matrix: AccuracyMatrix
-    report: Path
+    report: Path | None
 
 
 def run_recipe(
@@ -81,6 +82,7 @@ def run_recipe(
     *,
     resume: bool = False,
     console: Console | None = None,
+    report: bool = True,
 ) -> RunResult:
     """Train the recipe's tasks one after another, evaluate after each, and write the run directory.
 
@@ -89,6 +91,7 @@ def run_recipe(
         overrides: ``section.key=value`` strings.
         resume: Go on after the last finished task of the run directory.
         console: Where to report; a plain ``Console()`` on stderr by default.
+        report: Whether to write the page; ``seekr-peft report`` can do so later.
 
     Raises:
         ConfigError: The recipe has mistakes (all are listed); nothing was loaded.
@@ -107,7 +110,10 @@ def run_recipe(
             save_recipe(recipe, directory / RECIPE_FILE)
             # Of a run that ended before its first task, perhaps with another model.
             (directory / GENERAL_FILE).unlink(missing_ok=True)
-        return _Run(recipe, directory, progress).execute()
+        matrix = _Run(recipe, directory, progress).execute()
+        page = write_report(directory) if report else None
+        _summarise(directory, matrix, page, progress)
+    return RunResult(directory, matrix, page)
 
 
 @dataclass(frozen=True)
@@ -138,10 +144,10 @@ class _Run:
         self.base: str | None = None
         self.costs: list[TaskCost] = []
 
-    def execute(self) -> RunResult:
-        if self._is_finished():
+    def execute(self) -> AccuracyMatrix:
+        if is_finished(self.directory):
             self.progress.say(f"all tasks of {self.directory} are finished")
-            return self._reported(AccuracyMatrix.load(self.directory))
+            return AccuracyMatrix.load(self.directory)
         self._write_environment(self.seconds_before)
         tasks = load_tasks(self.recipe)
         names = [task.name for task in tasks]
@@ -188,15 +194,7 @@ class _Run:
                 self._write_costs()
                 self._write_state(names, len(stage.seen))
                 self._write_environment((self.seconds_before or 0) + time.monotonic() - self.started)
-        return self._reported(matrix)
-
-    def _is_finished(self) -> bool:
-        return _read_json(self.directory / STATE_FILE).get("status") == "finished"
-
-    def _reported(self, matrix: AccuracyMatrix) -> RunResult:
-        report = write_report(self.directory)
-        self._summary(matrix, report)
-        return RunResult(self.directory, matrix, report)
+        return matrix
 
     def _write_environment(self, seconds: float | None) -> None:
         """Versions and machine; ``seconds`` are those of all sessions up to the last finished task."""
@@ -370,18 +368,30 @@ class _Run:
             },
         )
 
-    def _summary(self, matrix: AccuracyMatrix, report: Path) -> None:
-        self.progress.console.print(matrix.to_rich_table())
-        facts = json.loads((self.directory / TASKS_FILE).read_text(encoding="utf-8"))
-        constant = "  ".join(f"{fact['name']} {100 * fact['majority_class']:.1f}" for fact in facts)
-        self.progress.say(f"always the most frequent answer: {constant}")
-        self.progress.say(f"OP {100 * matrix.op():.2f}   {FORMULAS['op']}")
-        bwt = matrix.to_dict()["bwt"]
-        if bwt is not None:
-            self.progress.say(f"BWT {100 * bwt:+.2f}   {FORMULAS['bwt']}")
-        for curve in read_run(self.directory).general:
-            self.progress.say(f"general ability: {curve.words()}")
-        self.progress.say(f"adapter: {self.directory / 'adapter'}   report: {report}")
+
+def is_finished(directory: Path) -> bool:
+    """Whether ``directory`` holds a run that has trained and evaluated all its tasks."""
+    return _read_json(directory / STATE_FILE).get("status") == "finished"
+
+
+def recipe_difference(path: Path, recipe: Recipe) -> str:
+    """The first key in which the recipe stored at ``path`` differs from ``recipe``, with both values; '' for none."""
+    return _difference(load_recipe(path).to_dict(), recipe.to_dict())
+
+
+def _summarise(directory: Path, matrix: AccuracyMatrix, report: Path | None, progress: RunProgress) -> None:
+    progress.console.print(matrix.to_rich_table())
+    facts = json.loads((directory / TASKS_FILE).read_text(encoding="utf-8"))
+    constant = "  ".join(f"{fact['name']} {100 * fact['majority_class']:.1f}" for fact in facts)
+    progress.say(f"always the most frequent answer: {constant}")
+    progress.say(f"OP {100 * matrix.op():.2f}   {FORMULAS['op']}")
+    bwt = matrix.to_dict()["bwt"]
+    if bwt is not None:
+        progress.say(f"BWT {100 * bwt:+.2f}   {FORMULAS['bwt']}")
+    for curve in read_run(directory).general:
+        progress.say(f"general ability: {curve.words()}")
+    page = f"   report: {report}" if report else ""
+    progress.say(f"adapter: {directory / 'adapter'}{page}")
 
 
 def count_steps(n_samples: int, arguments: TrainingArguments) -> int:
@@ -437,8 +447,7 @@ def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
         return
     if not path.is_file():
         raise RunError(f"{directory} holds no run to resume (no {RECIPE_FILE}); start it without --resume.")
-    old = load_recipe(path).to_dict()
-    changed = _difference(old, recipe.to_dict())
+    changed = recipe_difference(path, recipe)
     if changed:
         raise RunError(
             f"{directory} was started with another recipe ({changed}); resume with the same recipe, or choose another "

@@ -62,7 +62,7 @@ def score_heads(
             with stack.before_task(), torch.no_grad():
                 before = attention_rows(model, sample, heads)
             with stack.frozen():
-                changes, squares = _changes_and_gradients(model, sample, heads, before, every_query)
+                changes, squares = changes_and_gradients(model, sample, heads, before, every_query)
             n_keys, n_queries = len(sample.input_ids), len(sample.queries)
             for layer in heads:
                 scores[0, layer] += _norm(changes[layer], n_queries * n_keys, norm)
@@ -128,7 +128,7 @@ def signal_targets(sample: ReplaySample) -> Tensor:
     return labels[labels != -100]
 
 
-def _changes_and_gradients(
+def changes_and_gradients(
     model: nn.Module, sample: ReplaySample, heads: HeadSelection, before: dict[int, Tensor], every_query: bool
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Per layer the sums of squares of A^k - A^(k-1) and of dL/dA for each head, (n_heads,).

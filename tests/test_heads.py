@@ -204,3 +204,23 @@ def test_layers_without_attention_are_never_selected_and_do_not_count_in_a_share
     assert selection == HeadSelection({1: range(3), 3: range(3)})
     half = record.select(choice, 0.5, None, layers=[1, 3])
     assert set(half) <= {1, 3} and (choice == "all" or half.n_heads == 3)
+
+
+def test_layers_may_be_taken_in_turn_from_thirds_of_the_depth() -> None:
+    """Sums 9 8 | 1 2 | 5 3: the first round takes layers 0, 4, 3, the second 1, 5, 2."""
+    importance = torch.tensor([[9.0, 0], [8, 0], [1, 0], [2, 0], [5, 0], [3, 0]])
+    kept = [sorted(HeadSelection.top(importance, budget, None, "thirds")) for budget in range(1, 7)]
+    assert kept == [[0], [0, 4], [0, 3, 4], [0, 1, 3, 4], [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+    assert sorted(HeadSelection.top(importance, 3, None)) == [0, 1, 4]
+    # Heads compete over all the kept layers together, as before.
+    assert HeadSelection.top(importance, 3, 2, "thirds") == HeadSelection({0: [0], 4: [0]})
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_thirds_are_as_equal_as_their_sizes_allow(n_layers: int, budget: int) -> None:
+    scores = torch.rand(n_layers, 3, generator=torch.Generator().manual_seed(n_layers))
+    kept = set(HeadSelection.top(scores, budget, None, "thirds"))
+    counts = [len(kept & set(third.tolist())) for third in torch.arange(n_layers).tensor_split(3)]
+    sizes = [len(third) for third in torch.arange(n_layers).tensor_split(3)]
+    assert sum(counts) == min(budget, n_layers)
+    assert all(a >= b - 1 or a == size for a, size in zip(counts, sizes, strict=True) for b in counts)

@@ -152,7 +152,7 @@ def test_scoring_and_teaching_leave_no_trace(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["stack", "continue"])
-@pytest.mark.parametrize("where", ["_changes_and_gradients", "attention_rows", "label_loss"])
+@pytest.mark.parametrize("where", ["changes_and_gradients", "attention_rows", "label_loss"])
 def test_scoring_leaves_no_trace_after_an_exception(mode: Any, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = used_stack(mode)
     before = state_of(stack)

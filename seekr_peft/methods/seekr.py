@@ -171,6 +171,7 @@ class Seekr(Replay):
             config.layer_budget,
             config.head_budget,
             accumulate=config.accumulate,
+            layer_choice=config.layer_choice,
             seed=config.seed + len(self.task_names),
             layers=moved,
         )

@@ -1,0 +1,204 @@
+"""Which runs a comparison consists of: variants x orders x seeds. May import ``recipe``, ``methods`` and ``errors``."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..method_names import method_names
+from ..methods import get_method
+from ..recipe import CompareSection, Recipe, load_recipe, task_order
+
+DEFAULT_METHODS = ("sequential", "replay", "seekr")
+_SET_BY_THE_COMPARISON = ("seed", "output_dir", "tasks.order", "tasks.epochs")
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One row of the comparison: a ``label`` and the ``settings`` (dotted recipe keys) in which it differs."""
+
+    label: str
+    settings: dict[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """The label as a folder name."""
+        return re.sub(r"[^A-Za-z0-9._]+", "-", self.label).strip("-.") or "variant"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: ``order`` counts from 1; ``recipe`` is complete."""
+
+    variant: Variant
+    order: int
+    seed: int
+    recipe: Recipe
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.recipe.output_dir)
+
+    @property
+    def slug(self) -> str:
+        """A name of its own for the run's log."""
+        return f"{self.variant.slug}-order{self.order}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.variant.label}, order {self.order}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a comparison, those of one order and seed together, so that pairs are complete early."""
+
+    recipe: Recipe
+    variants: list[Variant]
+    orders: list[list[str]]
+    seeds: list[int]
+    baseline: str | None
+    jobs: list[Job]
+
+    @property
+    def directory(self) -> Path:
+        """Where everything is written."""
+        return Path(self.recipe.output_dir)
+
+
+def plan_comparison(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    orders: int | Sequence[Sequence[str]] | None = None,
+) -> Plan:
+    """Every run's complete recipe, checked; reads no data and loads no model.
+
+    Raises:
+        ConfigError: An unknown variant, an order of other tasks, or a variant whose recipe has mistakes.
+    """
+    recipe = load_recipe(source, overrides)
+    section = recipe.compare
+    variants = _variants(recipe, section, methods)
+    own = task_order(recipe)
+    chosen = _orders(own, section.orders if orders is None else orders)
+    if not chosen:
+        raise ConfigError("there is no order of the tasks; give one, or how many.")
+    seeds = list(section.seeds if seeds is None else seeds)
+    problems = [f"seed {seed!r} must be a whole number of at least 0." for seed in seeds if not _is_seed(seed)]
+    if not seeds or len(set(seeds)) < len(seeds):
+        problems.append(f"the seeds are {seeds}; give one or more different ones.")
+    baseline = section.baseline or next((v.label for v in variants if v.label == "replay"), None)
+    if section.baseline and section.baseline not in [variant.label for variant in variants]:
+        if methods is None:
+            problems.append(f"compare.baseline {baseline!r} is none of the variants {_labels(variants)}.")
+        baseline = None
+    if problems:
+        raise ConfigError(problems)
+    jobs = [
+        _job(recipe, variant, number, order, own, seed)
+        for number, order in enumerate(chosen, start=1)
+        for seed in seeds
+        for variant in variants
+    ]
+    return Plan(recipe, variants, chosen, seeds, baseline, jobs)
+
+
+def _variants(recipe: Recipe, section: CompareSection, methods: Sequence[str] | None) -> list[Variant]:
+    labels = list(methods or section.variants or DEFAULT_METHODS)
+    known = method_names()
+    problems = [
+        f"{label!r} is neither a variant of the recipe ({', '.join(section.variants) or 'it has none'}) nor a method "
+        f"({', '.join(known)})."
+        for label in labels
+        if label not in section.variants and label not in known
+    ]
+    problems += [
+        f"compare.variants: {label!r} has a comma, which --methods takes apart; leave it out."
+        for label in labels
+        if "," in label
+    ]
+    if len(set(labels)) < len(labels):
+        problems.append(f"the variants {', '.join(labels)} name one twice; name each once.")
+    if problems:
+        raise ConfigError(problems)
+    taken = {
+        f"compare.variants: {label!r} sets {key}, which the comparison sets itself; use compare.seeds, compare.orders, "
+        f"or output_dir of the recipe."
+        for label in labels
+        for key in section.variants.get(label, {})
+        if key in _SET_BY_THE_COMPARISON
+    }
+    if taken:
+        raise ConfigError(sorted(taken))
+    variants = []
+    for label in labels:
+        settings = dict(section.variants.get(label, {"method.name": label}))
+        method = get_method(settings.get("method.name", recipe.method_name))
+        mode = settings.get("adapter.mode", recipe.adapter.mode)
+        if mode not in method.adapter_modes:
+            settings["adapter.mode"] = method.adapter_modes[0]
+        variants.append(Variant(label, settings))
+    slugs = [variant.slug for variant in variants]
+    if len(set(slugs)) < len(slugs):
+        raise ConfigError(f"the labels {_labels(variants)} give the same folder name twice; rename one.")
+    return variants
+
+
+def _orders(own: list[str], orders: int | Sequence[Sequence[str]]) -> list[list[str]]:
+    """The orders themselves, or ``orders`` different ones: the recipe's own first, then seeded shuffles."""
+    if isinstance(orders, int):
+        found = [own]
+        generator = random.Random(0)
+        for _ in range(1000):
+            if len(found) >= orders:
+                break
+            shuffled = generator.sample(own, len(own))
+            if shuffled not in found:
+                found.append(shuffled)
+        if len(found) < orders or orders < 1:
+            raise ConfigError(
+                f"{orders} different orders of {len(own)} tasks are not to be had; ask for another number."
+            )
+        return found
+    found = [list(order) for order in orders]
+    wrong = [order for order in found if sorted(order) != sorted(own)]
+    if wrong:
+        raise ConfigError(
+            f"the order {', '.join(wrong[0])} is not one of the recipe's tasks {', '.join(own)}; name each once."
+        )
+    return found
+
+
+def _job(recipe: Recipe, variant: Variant, number: int, order: list[str], own: list[str], seed: int) -> Job:
+    mapping = recipe.to_dict()
+    mapping.pop("compare", None)
+    mapping["tasks"]["order"] = order
+    if recipe.tasks.epochs is not None:
+        epochs = dict(zip(own, recipe.tasks.epochs, strict=True))
+        mapping["tasks"]["epochs"] = [epochs[name] for name in order]
+    # The run's seed is the method's, unless the recipe says otherwise.
+    mapping["seed"] = seed
+    runs = Path(recipe.compare.runs_dir or Path(recipe.output_dir) / "runs")
+    mapping["output_dir"] = str(runs / variant.slug / f"order{number}-seed{seed}")
+    settings = [f"{key}={json.dumps(value)}" for key, value in variant.settings.items()]
+    try:
+        return Job(variant, number, seed, load_recipe(mapping, settings))
+    except ConfigError as error:
+        raise ConfigError([f"variant {variant.label!r}: {problem}" for problem in error.problems]) from None
+
+
+def _labels(variants: list[Variant]) -> str:
+    return ", ".join(repr(variant.label) for variant in variants)
+
+
+def _is_seed(seed: Any) -> bool:
+    return isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0

@@ -1,0 +1,303 @@
+"""Methods side by side: the plan, the checks that runs are comparable, the table, and that a stop loses nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from small_run import TASKS, read_json, small_recipe
+
+import seekr_peft.compare as compare_module
+from seekr_peft.compare import check_comparable, compare, plan_comparison
+from seekr_peft.compare.plan import Variant
+from seekr_peft.compare.statistics import PairedDifference, Spread, sign_flip_p
+from seekr_peft.errors import ConfigError, RunError, RunInUseError
+from seekr_peft.run import run_recipe
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "replay": {"method.name": "replay"},
+    "random heads": {"method.head_choice": "random"},
+    "all at once": {"method.name": "multitask"},
+}
+
+
+def recipe(output_dir: Path, **section: Any) -> dict[str, Any]:
+    section = {"title": "A | try", "variants": VARIANTS, "seeds": [0, 1], "orders": 2, **section}
+    return small_recipe(output_dir, compare=section)
+
+
+def quietly(source: Any, *overrides: str, **options: Any) -> Any:
+    return compare(source, overrides, console=Console(file=io.StringIO(), width=200), **options)
+
+
+# The plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_variants_by_orders_by_seeds_and_pairs_come_together(tmp_path: Path) -> None:
+    plan = plan_comparison(recipe(tmp_path))
+    assert [str(job) for job in plan.jobs[:4]] == [
+        "replay, order 1, seed 0",
+        "random heads, order 1, seed 0",
+        "all at once, order 1, seed 0",
+        "replay, order 1, seed 1",
+    ]
+    assert len(plan.jobs) == 3 * 2 * 2
+    assert plan.orders[0] == TASKS and sorted(plan.orders[1]) == sorted(TASKS) and plan.orders[1] != TASKS
+    job = plan.jobs[-2]
+    assert (job.recipe.tasks.order, job.recipe.seed) == (plan.orders[1], 1)
+    assert job.recipe.method["head_choice"] == "random" and job.recipe.method_config().seed == 1
+    assert job.directory == tmp_path / "runs" / "random-heads" / "order2-seed1"
+    assert plan.baseline == "replay"
+
+
+def test_the_epochs_go_with_their_tasks(tmp_path: Path) -> None:
+    source = recipe(tmp_path, orders=[TASKS, TASKS[::-1]])
+    source["tasks"]["epochs"] = [1, 2, 3]
+    plan = plan_comparison(source, seeds=[5])
+    assert [job.recipe.tasks.epochs for job in plan.jobs[::3]] == [[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]
+
+
+def test_names_of_methods_do_without_a_section_and_a_mode_that_a_method_needs_is_set(tmp_path: Path) -> None:
+    plan = plan_comparison(small_recipe(tmp_path), methods=["replay", "ewc"], seeds=[3], orders=1)
+    assert [variant.settings for variant in plan.variants] == [
+        {"method.name": "replay"},
+        {"method.name": "ewc", "adapter.mode": "continue"},
+    ]
+    assert [job.recipe.adapter.mode for job in plan.jobs] == ["stack", "continue"]
+    defaults = plan_comparison(small_recipe(tmp_path))
+    assert [variant.label for variant in defaults.variants] == ["sequential", "replay", "seekr"]
+    assert defaults.seeds == [0, 1, 2] and len(defaults.orders) == 1
+
+
+def test_comparisons_with_one_folder_of_runs_share_them(tmp_path: Path) -> None:
+    plans = [plan_comparison(recipe(tmp_path / name, runs_dir=str(tmp_path / "runs"))) for name in ("a", "b")]
+    assert [job.directory for job in plans[0].jobs] == [job.directory for job in plans[1].jobs]
+    assert plans[0].directory != plans[1].directory
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "message"),
+    [
+        ({}, {"methods": ["replay", "nothing"]}, "'nothing' is neither a variant of the recipe .* nor a method"),
+        ({}, {"methods": ["replay", "replay"]}, "name one twice"),
+        ({}, {"orders": [["first", "last"]]}, "the order first, last is not one of the recipe's tasks"),
+        ({}, {"orders": 7}, "7 different orders of 3 tasks are not to be had"),
+        ({}, {"orders": []}, "there is no order"),
+        ({}, {"seeds": [0, 0]}, r"the seeds are \[0, 0\]"),
+        ({}, {"seeds": [-1]}, "seed -1 must be a whole number"),
+        ({"baseline": "nothing"}, {}, "compare.baseline 'nothing' is none of the variants"),
+        ({"variants": {"a b": {}, "a-b": {}}}, {}, "the same folder name twice"),
+        ({"variants": {"a, b": {}}}, {}, "'a, b' has a comma"),
+        ({"variants": {"a": {"seed": 1}}}, {}, "'a' sets seed, which the comparison sets itself"),
+        ({"variants": {"a": {"method.lambda2": -1}}}, {}, "variant 'a': method.lambda2 must be at least 0"),
+        ({"variants": {"a": {"method.lamda2": 1}}}, {}, "variant 'a': .*did you mean method.lambda2"),
+        ({"seed": [1]}, {}, "compare.seed is an unknown key; did you mean compare.seeds"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(
+    section: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quietly(recipe(tmp_path / "out", **section), **options)
+    assert not (tmp_path / "out").exists()
+
+
+# Statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_the_test_counts_sign_patterns() -> None:
+    """Differences 1, 2, 3: |sum| >= 6 for two of eight patterns; 1, 2, -3: every pattern has |sum| >= 0."""
+    assert sign_flip_p([1, 2, 3]) == 0.25
+    assert sign_flip_p([1, 2, -3]) == 1.0
+    # |sum| >= 4 of 1, -1, 4: 4+1-1, 4-1+1, 4+1+1 and their negatives; 4-1-1 = 2 is below.
+    assert sign_flip_p([1, -1, 4]) == 0.75
+    assert sign_flip_p([0.1] * 6) == 2 / 64
+    assert sign_flip_p([0.0, 0.0]) == 1.0
+
+
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=7))
+def test_the_test_agrees_with_counting_in_whole_numbers(differences: list[int]) -> None:
+    patterns = list(itertools.product((1, -1), repeat=len(differences)))
+    sums = [abs(sum(s * d for s, d in zip(pattern, differences, strict=True))) for pattern in patterns]
+    expected = sum(total >= abs(sum(differences)) for total in sums) / len(patterns)
+    assert sign_flip_p([d / 7 for d in differences]) == pytest.approx(expected)
+
+
+def test_many_pairs_are_judged_by_the_normal_limit() -> None:
+    pairs = [0.5, -0.2, 0.9, 0.1] * 4
+    exact = sign_flip_p(pairs)
+    assert sign_flip_p([*pairs, 0.0]) == pytest.approx(exact, abs=0.01)
+
+
+def test_means_and_spreads_by_hand() -> None:
+    assert Spread.of([1.0, 2.0, 6.0]) == Spread(3.0, pytest.approx(7**0.5), 1.0, 6.0)
+    assert Spread.of([4.0]).sd is None
+    difference = PairedDifference.of([0.1, 0.3, -0.1])
+    assert (difference.n, difference.wins, difference.p) == (3, 2, sign_flip_p([0.1, 0.3, -0.1]))
+    assert difference.mean == pytest.approx(0.1) and difference.sd == pytest.approx(0.2)
+    assert PairedDifference.of([0.1]).p is None
+
+
+# The whole --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Three variants, two orders, two seeds; tests only read it."""
+    directory = tmp_path_factory.mktemp("compare") / "out"
+    return directory, quietly(recipe(directory))
+
+
+@pytest.mark.slow
+def test_the_table_has_the_figures_of_the_runs(compared: Any) -> None:
+    directory, comparison = compared
+    ops: dict[str, list[float]] = {}
+    for run in comparison.runs:
+        matrix = read_json(directory / run.directory / "accuracy_matrix.json")
+        assert run.op == pytest.approx(statistics.fmean(row[-1] for row in matrix["scores"]))
+        ops.setdefault(run.variant, []).append(run.op)
+    assert {label: len(values) for label, values in ops.items()} == dict.fromkeys(VARIANTS, 4)
+    for label, values in ops.items():
+        found = comparison.variant(label)
+        assert found.op.mean == pytest.approx(statistics.fmean(values))
+        assert found.op.sd == pytest.approx(statistics.stdev(values))
+    random = comparison.variant("random heads")
+    pairs = [a - b for a, b in zip(ops["random heads"], ops["replay"], strict=True)]
+    assert random.against_baseline.mean == pytest.approx(statistics.fmean(pairs), abs=1e-12)
+    assert comparison.variant("replay").against_baseline is None
+    joint = comparison.variant("all at once")
+    assert joint.bwt is None and joint.learnt is None and joint.cost["n_steps"] == 18
+    gap = joint.op.mean - comparison.variant("replay").op.mean
+    if gap > 0:
+        assert joint.gap_closed == pytest.approx(1.0)
+        assert random.gap_closed == pytest.approx((random.op.mean - comparison.variant("replay").op.mean) / gap)
+
+
+@pytest.mark.slow
+def test_the_files_say_the_same(compared: Any) -> None:
+    directory, comparison = compared
+    stored = read_json(directory / "comparison.json")
+    assert stored == json.loads(json.dumps(comparison.to_dict()))
+    assert stored["same"] and "sign" in stored["test"]["assumption"]
+    with (directory / "comparison.csv").open() as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert float(rows["replay"]["op.mean"]) == comparison.variant("replay").op.mean
+    assert json.loads(rows["random heads"]["settings"]) == VARIANTS["random heads"]
+    with (directory / "runs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 12
+    text = (directory / "comparison.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| random heads"))
+    spread = comparison.variant("random heads").op
+    assert f"| 4 | {100 * spread.mean:.1f} ± {100 * spread.sd:.1f} |" in line
+    assert "exact paired sign-flip test" in text and "gap closed" in text
+    assert (directory / "comparison.html").is_file()
+
+
+@pytest.mark.slow
+def test_finished_runs_are_not_run_again_and_another_recipe_is_refused(
+    compared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, comparison = compared
+    monkeypatch.setattr(compare_module, "run_recipe", None)
+    again = quietly(recipe(directory))
+    assert again.runs == comparison.runs
+    with pytest.raises(RunError, match=r"holds a finished run of another recipe \(training\.learning_rate was 0\.002"):
+        quietly(recipe(directory), "training.learning_rate=1e-3")
+
+
+@pytest.mark.slow
+def test_stopped_in_the_middle_it_goes_on_to_the_same_result(
+    compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = compared
+    calls = []
+
+    def stop(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run_recipe(*args, **options)
+
+    monkeypatch.setattr(compare_module, "run_recipe", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(recipe(tmp_path), orders=1)
+    monkeypatch.setattr(compare_module, "run_recipe", run_recipe)
+    finished = [(run.variant, run.order, run.seed, run.op) for run in quietly(recipe(tmp_path), orders=1).runs]
+    assert finished == [(run.variant, run.order, run.seed, run.op) for run in whole.runs if run.order == 1]
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(source: Any, **options: Any) -> Any:
+        if "all-at-once" in source.output_dir:
+            raise RunInUseError("in use")
+        return run_recipe(source, **options)
+
+    monkeypatch.setattr(compare_module, "run_recipe", run)
+    comparison = quietly(recipe(tmp_path), seeds=[0], orders=1)
+    assert [(variant.label, variant.n, variant.planned) for variant in comparison.variants] == [
+        ("replay", 1, 1),
+        ("random heads", 1, 1),
+        ("all at once", 0, 1),
+    ]
+    assert comparison.variant("all at once").op is None
+    assert "| all at once | 0/1 |" in (tmp_path / "comparison.md").read_text()
+
+
+# Comparable -------------------------------------------------------------------------------------------------------
+
+
+def fake_run(directory: Path, **changed: Any) -> Path:
+    facts = {"base": "b", "fingerprint": "f", "n_steps": 6, "n_samples": 4, "replay_ratio": 0.1, **changed}
+    files = {
+        "environment.json": {"base": facts["base"]},
+        "tasks.json": [{"name": "first", "fingerprint": facts["fingerprint"]}],
+        "costs.json": {"tasks": [{"n_steps": facts["n_steps"]}]},
+        "method.json": {"config": {"replay_ratio": facts["replay_ratio"]}},
+        "tasks/01-first/memory.json": {"task": "first", "n_samples": facts["n_samples"]},
+    }
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(json.dumps(content))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"base": "other"}, "base model"),
+        ({"fingerprint": "other"}, "data"),
+        ({"n_steps": 7}, "optimiser steps"),
+        ({"n_samples": 5}, "replay samples"),
+    ],
+)
+def test_runs_that_differ_in_more_than_their_variants_are_refused(
+    changed: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    runs = {Variant("one", {}): fake_run(tmp_path / "one"), Variant("two", {}): fake_run(tmp_path / "two")}
+    check_comparable(runs)
+    fake_run(tmp_path / "two", **changed)
+    with pytest.raises(RunError, match=f"two had other {what} than one"):
+        check_comparable(runs)
+
+
+def test_what_a_variant_names_may_differ(tmp_path: Path) -> None:
+    runs = {
+        Variant("one", {}): fake_run(tmp_path / "one"),
+        Variant("ratio", {"method.replay_ratio": 0.5}): fake_run(tmp_path / "two", n_samples=20, replay_ratio=0.5),
+        Variant("base", {"model.name_or_path": "x"}): fake_run(tmp_path / "three", base="other"),
+        Variant("steps", {"training.max_steps": 9}): fake_run(tmp_path / "four", n_steps=9),
+    }
+    check_comparable(runs)
+    (tmp_path / "one" / "costs.json").write_text("{")
+    with pytest.raises(RunError, match=r"costs\.json cannot be read"):
+        check_comparable(runs)
