@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import io
 import json
 import re
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from page_reader import PageReader
 from rich.console import Console
 from run_directory_fixture import build_run, operating_point, write_json
 from safetensors.numpy import load_file, save_file
@@ -31,26 +31,6 @@ ATTACK = "<script>alert('x')</script>"
 FOUR = ["C-STANCE", "FOMC", "MeetingBank", "Py150"]
 TWELVE = [f"{number} of the tasks with really very long names" for number in range(101, 113)]
 ALL_FIGURES = {"accuracy_matrix", "retention", "head_importance", "loss_terms", "memory"}
-
-
-class PageReader(html.parser.HTMLParser):
-    """Collects the tags with their attributes, and the visible text, of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def attributes(self, tag: str, name: str) -> list[str | None]:
-        return [attributes.get(name) for found, attributes in self.tags if found == tag]
 
 
 def inspected(run_directory: Path, width: int = 80) -> str:
@@ -398,7 +378,7 @@ def test_general_ability_has_a_figure_a_panel_a_test_and_its_words(tmp_path: Pat
         "img", "alt"
     )
     assert all(word in reader.text for word in words)
-    figure = figures.draw_general(read_run(run))
+    figure = figures.draw_general({"seekr": read_run(run)})
     assert figure is not None
     mmlu, story = figure.axes
     assert [mmlu.get_ylabel(), story.get_ylabel()] == ["right (%)", "nats per token"]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +30,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seekr_peft.report.reading import (
     LOSS_TERMS,
+    GeneralCurve,
     HeadImportance,
     RunRecord,
     numbered_names,
@@ -78,6 +80,21 @@ def report_style() -> Iterator[None]:
         yield
 
 
+def look(position: int) -> dict[str, Any]:
+    """Colour, marker and line of the run at this place in a list; colour and marker together come again after 49."""
+    turn = position // len(OKABE_ITO)
+    return {
+        "color": OKABE_ITO[position % len(OKABE_ITO)],
+        "marker": MARKERS[(position + turn) % len(MARKERS)],
+        "linestyle": LINE_STYLES[turn % len(LINE_STYLES)],
+    }
+
+
+def legend_columns(labels: Collection[str], width: float) -> int:
+    """How many columns of a legend with these labels fit into `width` inches."""
+    return min(len(labels), max(1, int(width / (0.45 + 0.09 * max(map(len, labels))))))
+
+
 def to_png(figure: Figure) -> bytes:
     """The figure as PNG bytes at DOTS_PER_INCH."""
     buffer = io.BytesIO()
@@ -97,7 +114,9 @@ def draw_matrices(runs: dict[str, RunRecord]) -> Figure:
     names = max(len(label) for run in runs.values() for label in numbered_names(run.tasks, 26))
     margin = 0.35 + 0.075 * names
     side = max(cell * count, 1.3)
-    size = (max(per_row * side + margin + 1.1, 4.2), n_rows * (side * 0.86 + 0.75) + 0.3)
+    titles = [textwrap.fill(shorten(label, 40), max(int(side / 0.09), 12)) for label in runs]
+    title_lines = max(title.count("\n") for title in titles)
+    size = (max(per_row * side + margin + 1.1, 4.2), n_rows * (side * 0.86 + 0.75 + 0.16 * title_lines) + 0.3)
     with report_style():
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(n_rows, per_row, squeeze=False)
@@ -107,9 +126,9 @@ def draw_matrices(runs: dict[str, RunRecord]) -> Figure:
             if position >= len(runs):
                 axes.set_axis_off()
                 continue
-            label, run = list(runs.items())[position]
+            run = list(runs.values())[position]
             _draw_matrix(axes, run, colours, scale, digits, position % per_row == 0)
-            axes.set_title(shorten(label, 40) if len(runs) > 1 else "")
+            axes.set_title(titles[position] if len(runs) > 1 else "")
         bar = figure.colorbar(ScalarMappable(scale, colours), ax=grid, shrink=0.9, pad=0.02, aspect=20 * n_rows)
         bar.set_label("accuracy (%)")
         bar.outline.set_visible(False)
@@ -142,13 +161,20 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
     return "black" if luminance > 0.179 else "white"
 
 
-def draw_retention(runs: dict[str, RunRecord]) -> Figure:
-    """One panel a task, one line a run: accuracy (%) of the task after each later one."""
+def draw_retention(runs: dict[str, RunRecord], places: Sequence[int] | None = None) -> Figure:
+    """One panel a task, one line a run: accuracy (%) of the task after each later one.
+
+    `places` gives each run the look of its place in a longer list.
+    """
+    places = places or range(len(runs))
     tasks = next(iter(runs.values())).tasks
     count = len(tasks)
     per_row = min(count, 4 if count != 6 else 3)
     n_rows = math.ceil(count / per_row)
-    size = (max(2.35 * per_row + 0.4, 4.2), 1.9 * n_rows + (0.75 if len(runs) > 1 else 0.3))
+    width = max(2.35 * per_row + 0.4, 4.2)
+    labels = [shorten(label, 30) for label in runs]
+    columns = legend_columns(labels, width)
+    size = (width, 1.9 * n_rows + (0.57 + 0.18 * math.ceil(len(runs) / columns) if len(runs) > 1 else 0.3))
     with report_style():
         figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.06))
         grid = figure.subplots(n_rows, per_row, squeeze=False, sharex=True, sharey=True)
@@ -156,7 +182,7 @@ def draw_retention(runs: dict[str, RunRecord]) -> Figure:
             if position >= count:
                 axes.set_axis_off()
                 continue
-            _draw_task_curves(axes, runs, position)
+            _draw_task_curves(axes, runs, position, places)
             axes.set_title(shorten(f"{position + 1} {tasks[position]}", 26), loc="left")
             # The last panel of every column carries the tick labels, also above an unused place.
             axes.tick_params(labelbottom=position + per_row >= count)
@@ -164,13 +190,11 @@ def draw_retention(runs: dict[str, RunRecord]) -> Figure:
         figure.supylabel("accuracy (%)", size=9)
         if len(runs) > 1:
             handles, _ = grid.flat[0].get_legend_handles_labels()
-            labels = [shorten(label, 30) for label in runs]
-            columns = min(len(runs), max(1, int(size[0] / 1.9)))
             figure.legend(handles, labels, loc="outside upper center", ncols=columns)
     return figure
 
 
-def _draw_task_curves(axes: Axes, runs: dict[str, RunRecord], task: int) -> None:
+def _draw_task_curves(axes: Axes, runs: dict[str, RunRecord], task: int, places: Sequence[int]) -> None:
     count = len(next(iter(runs.values())).tasks)
     smallest = 4.5 if count <= 6 else 3.2
     for position, (label, run) in enumerate(runs.items()):
@@ -178,9 +202,7 @@ def _draw_task_curves(axes: Axes, runs: dict[str, RunRecord], task: int) -> None
         axes.plot(
             after + 1,
             100 * run.scores[task, after],
-            color=OKABE_ITO[position % len(OKABE_ITO)],
-            marker=MARKERS[position % len(MARKERS)],
-            linestyle=LINE_STYLES[position // len(OKABE_ITO) % len(LINE_STYLES)],
+            **look(places[position]),
             # The first runs have the larger markers, so that equal points do not hide one another.
             markersize=smallest + 0.35 * smallest * max(min(len(runs), 4) - 1 - position, 0),
             linewidth=1.6,
@@ -197,36 +219,61 @@ def _draw_task_curves(axes: Axes, runs: dict[str, RunRecord], task: int) -> None
     axes.tick_params(length=2)
 
 
-def draw_general(run: RunRecord) -> Figure | None:
-    """One panel a test of general ability: its value before the first task (0) and after each, the first one dashed."""
-    curves = [curve for curve in run.general if np.isfinite(curve.values).any()]
-    if not curves:
+def draw_general(runs: dict[str, RunRecord], places: Sequence[int] | None = None) -> Figure | None:
+    """One panel a test of general ability, one line a run: its value before the first task (0) and after each.
+
+    The first value of the first run that has one is dashed. `places` as in draw_retention.
+    """
+    places = places or range(len(runs))
+    measured = [
+        {curve.name: curve for curve in run.general if np.isfinite(curve.values).any()} for run in runs.values()
+    ]
+    names = list(dict.fromkeys(name for curves in measured for name in curves))
+    if not names:
         return None
-    per_row = min(len(curves), 3)
-    n_rows = math.ceil(len(curves) / per_row)
+    per_row = min(len(names), 3)
+    n_rows = math.ceil(len(names) / per_row)
+    width = 3.2 * per_row + 0.6
+    labels = [shorten(label, 30) for label in runs]
+    columns = legend_columns(labels, width)
+    legend = 0.2 * math.ceil(len(runs) / columns) + 0.1 if len(runs) > 1 else 0
     with report_style():
-        size = (3.2 * per_row + 0.6, 2.3 * n_rows + 0.3)
-        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.06))
+        figure = Figure(figsize=(width, 2.3 * n_rows + 0.3 + legend), layout=ConstrainedLayoutEngine(wspace=0.06))
         grid = figure.subplots(n_rows, per_row, squeeze=False)
-        for axes in grid.flat[len(curves) :]:
+        for axes in grid.flat[len(names) :]:
             axes.set_axis_off()
-        for axes, curve in zip(grid.flat, curves, strict=False):
-            after = np.flatnonzero(np.isfinite(curve.values))
-            if np.isfinite(curve.values[0]):
-                axes.axhline(curve.shown[0], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
-            axes.plot(after, curve.shown[after], color=OKABE_ITO[0], marker="o", markersize=4.5, linewidth=1.6)
-            # A change that chance explains shall not fill the panel.
-            low, high = axes.get_ylim()
-            spare = max((0.2 if curve.kind == "text" else 20) - (high - low), 0) / 2
-            axes.set_ylim(low - spare, high + spare)
-            axes.set_title(shorten(curve.name, 36), loc="left")
-            axes.set_ylabel("nats per token" if curve.kind == "text" else "right (%)")
-            axes.set_xlim(-0.4, len(run.tasks) + 0.4)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-            axes.grid(axis="y")
-            axes.tick_params(length=2)
+        lines: dict[int, Any] = {}
+        for axes, name in zip(grid.flat, names, strict=False):
+            drawn = {place: curves[name] for place, curves in zip(places, measured, strict=True) if name in curves}
+            lines |= _draw_general_test(axes, drawn)
+            axes.set_title(shorten(name, 36), loc="left")
+            axes.set_xlim(-0.4, max(len(run.tasks) for run in runs.values()) + 0.4)
         figure.supxlabel("after training task (0: before the first)", size=9)
+        if len(runs) > 1:
+            named = {label: lines[place] for place, label in zip(places, labels, strict=True) if place in lines}
+            figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns)
     return figure
+
+
+def _draw_general_test(axes: Axes, curves: dict[int, GeneralCurve]) -> dict[int, Any]:
+    """One panel, the looks of its curves by their place; place -> line."""
+    base = next((curve.shown[0] for curve in curves.values() if np.isfinite(curve.values[0])), None)
+    if base is not None:
+        axes.axhline(base, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    lines = {}
+    for place, curve in curves.items():
+        after = np.flatnonzero(np.isfinite(curve.values))
+        (lines[place],) = axes.plot(after, curve.shown[after], markersize=4.5, linewidth=1.6, **look(place))
+    kind = next(iter(curves.values())).kind
+    # A change that chance explains shall not fill the panel.
+    low, high = axes.get_ylim()
+    spare = max((0.2 if kind == "text" else 20) - (high - low), 0) / 2
+    axes.set_ylim(low - spare, high + spare)
+    axes.set_ylabel("nats per token" if kind == "text" else "right (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.grid(axis="y")
+    axes.tick_params(length=2)
+    return lines
 
 
 def draw_heads(heads: HeadImportance) -> Figure | None:

@@ -10,7 +10,6 @@ import base64
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +61,14 @@ def write_report(run_directory: str | Path, out: str | Path | None = None) -> Pa
     path = Path(out) if out is not None else run.directory / "report.html"
     path = path / "report.html" if path.is_dir() else path
     pictures = run_pictures(run)
-    html = _render(
+    html = render(
+        "report.html.j2",
         title=f"{run.method}: {len(run.tasks)} task{'s' * (len(run.tasks) > 1)}",
         runs=[run_view("run", run, pictures)],
         comparison=None,
     )
-    _write_figures(path.parent / "figures", pictures, list(FIGURE_NAMES))
-    _replace(path, html.encode("utf-8", errors="replace"))
+    write_figures(path.parent / "figures", pictures, list(FIGURE_NAMES))
+    replace_file(path, html.encode("utf-8", errors="replace"))
     return path
 
 
@@ -87,9 +87,9 @@ def write_comparison(runs: dict[str, Path], out_directory: str | Path, title: st
         run_view(f"run{number}", run, run_pictures(run), label)
         for number, (label, run) in enumerate(records.items(), 1)
     ]
-    html = _render(title=title, runs=views, comparison={"pictures": shared})
-    _write_figures(folder / "figures", shared, list(shared))
-    _replace(folder / "comparison.html", html.encode("utf-8", errors="replace"))
+    html = render("report.html.j2", title=title, runs=views, comparison={"pictures": shared})
+    write_figures(folder / "figures", shared, list(shared))
+    replace_file(folder / "comparison.html", html.encode("utf-8", errors="replace"))
     return folder / "comparison.html"
 
 
@@ -107,17 +107,17 @@ def _refuse_different_tasks(records: dict[str, RunRecord]) -> None:
 
 def _shared_pictures(records: dict[str, RunRecord]) -> dict[str, Picture]:
     return {
-        "comparison_matrices": _picture(
+        "comparison_matrices": make_picture(
             "comparison_matrices",
             figures.draw_matrices(records),
             "Accuracy matrices of all methods as heat maps on one colour scale. "
-            + " ".join(f"{label}: {_matrix_words(run)}" for label, run in records.items()),
+            + " ".join(f"{label}: {matrix_words(run)}" for label, run in records.items()),
         ),
-        "comparison_retention": _picture(
+        "comparison_retention": make_picture(
             "comparison_retention",
             figures.draw_retention(records),
             "One panel a task, one line a method: accuracy in percent after each later task. "
-            + " ".join(f"{label}: {_retention_words(run)}" for label, run in records.items()),
+            + " ".join(f"{label}: {retention_words(run)}" for label, run in records.items()),
         ),
     }
 
@@ -130,34 +130,37 @@ def run_pictures(run: RunRecord) -> dict[str, Picture]:
     drawn: dict[str, tuple[Figure | None, str]] = {
         "accuracy_matrix": (
             figures.draw_matrices({run.method: run}),
-            f"Heat map of the accuracy matrix. {_matrix_words(run)}",
+            f"Heat map of the accuracy matrix. {matrix_words(run)}",
         ),
         "retention": (
             figures.draw_retention({run.method: run}),
-            f"One panel a task: accuracy in percent after each later task. {_retention_words(run)}",
+            f"One panel a task: accuracy in percent after each later task. {retention_words(run)}",
         ),
-        "general": (figures.draw_general(run), _general_words(run)),
+        "general": (figures.draw_general({run.method: run}), _general_words(run)),
         "loss_terms": (figures.draw_losses(run), _loss_words(run)),
         "memory": (figures.draw_memory(run), _memory_words(run)),
     }
     if run.heads is not None:
         drawn["head_importance"] = (figures.draw_heads(run.heads), _head_words(run.heads))
-    return {name: _picture(name, figure, alt) for name, (figure, alt) in drawn.items() if figure is not None}
+    return {name: make_picture(name, figure, alt) for name, (figure, alt) in drawn.items() if figure is not None}
 
 
-def _picture(name: str, figure: Figure, alt: str) -> Picture:
+def make_picture(name: str, figure: Figure, alt: str) -> Picture:
+    """The figure drawn, with its text alternative."""
     width = round(figure.get_size_inches()[0] * CSS_PIXELS_PER_INCH)
     return Picture(name, alt, figures.to_png(figure), width)
 
 
-def _matrix_words(run: RunRecord) -> str:
+def matrix_words(run: RunRecord) -> str:
+    """OP and BWT in one sentence."""
     if run.op is None:
         return "No complete column yet."
     bwt = DASH if run.bwt is None else f"{100 * run.bwt:+.1f} points"
     return f"After task {run.n_scored}: OP {100 * run.op:.1f} %, BWT {bwt}."
 
 
-def _retention_words(run: RunRecord) -> str:
+def retention_words(run: RunRecord) -> str:
+    """The first and the last score of every task in one sentence."""
     words = []
     for index, name in enumerate(run.tasks):
         known = run.scores[index][np.isfinite(run.scores[index])]
@@ -206,8 +209,8 @@ def run_view(anchor: str, run: RunRecord, pictures: dict[str, Picture], label: s
         "label": label or run.method,
         "run": run,
         "op": DASH if run.op is None else f"{100 * run.op:.2f}",
-        "bwt": DASH if run.bwt is None else _signed(100 * run.bwt),
-        "seconds": DASH if run.seconds is None else _duration(run.seconds),
+        "bwt": DASH if run.bwt is None else signed(100 * run.bwt),
+        "seconds": DASH if run.seconds is None else duration(run.seconds),
         "pictures": pictures,
         "matrix": [[_percent(value) for value in row] for row in run.scores],
         "selected": _selection_words(run),
@@ -227,11 +230,13 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}" if np.isfinite(value) else ""
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """-1.5 -> '−1.50', 1.5 -> '+1.50'."""
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """137.4 -> '2 min 17 s'."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{seconds:.1f} s"
@@ -318,27 +323,30 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, "null" if value is None else str(value)
 
 
-def _render(**content: Any) -> str:
-    source = resources.files("seekr_peft.report").joinpath("templates", "report.html.j2")
+def render(template: str, **content: Any) -> str:
+    """A page from a file of templates/; every string in `content` is escaped."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("seekr_peft.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(source.read_text(encoding="utf-8"))
-    return template.render(op_formula=OP_FORMULA, bwt_formula=BWT_FORMULA, **content)
+    return environment.get_template(template).render(op_formula=OP_FORMULA, bwt_formula=BWT_FORMULA, **content)
 
 
-def _write_figures(folder: Path, pictures: dict[str, Picture], names: list[str]) -> None:
+def write_figures(folder: Path, pictures: dict[str, Picture], names: list[str]) -> None:
     """Write the pictures and remove those of `names` that an earlier report left and this one
     lacks.
     """
     for name in names:
         if name in pictures:
-            _replace(folder / f"{name}.png", pictures[name].png)
+            replace_file(folder / f"{name}.png", pictures[name].png)
         else:
             (folder / f"{name}.png").unlink(missing_ok=True)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -378,7 +378,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = text.split("\n")
     # The piece after the last newline is a line that is still being written, or was cut off by a
     # stop.
-    parsed = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines[:-1], 1) if line.strip()]
+    parsed = [parse(line, f"{path}, line {n}") for n, line in enumerate(lines[:-1], 1) if line.strip()]
     with suppress(json.JSONDecodeError):
         parsed += [json.loads(lines[-1])] if lines[-1].strip() else []
     return [line for line in parsed if isinstance(line, dict)]
@@ -389,13 +389,14 @@ def _read_object(path: Path, required: bool = True) -> dict[str, Any]:
         if required:
             raise RunError(f"{path} is missing though a task is finished: restore it or run again")
         return {}
-    content = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    content = parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
     if not isinstance(content, dict):
         raise RunError(f"{path} must hold a JSON object, found {type(content).__name__}: run again")
     return content
 
 
-def _parse(text: str, place: str) -> Any:
+def parse(text: str, place: str) -> Any:
+    """The JSON in a text; raises RunError naming its place."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
