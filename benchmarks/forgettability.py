@@ -5,7 +5,7 @@
 Each RUN is a finished run that forgot something (method sequential). For every task k but the last, the model right
 after task k + 1 answers task k's test samples once for each head, with that head's attention replaced by what the model
 right after task k had on the same sample. What the old task's loss falls by is what the head's change had cost. That is
-ranked against what the method could know: the head's forgettability, sensitivity and importance on the replay samples of
+ranked against what the method could know: the head's forgettability, sensitivity and importance on the samples of
 task k + 1, and its change on the old samples. Spearman's correlation, with a permutation p-value over all pairs.
 """
 

@@ -5,12 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from core_models import fresh_peft  # noqa: E402
+
+from benchmarks.adversarial_tasks import write_tasks  # noqa: E402
+from benchmarks.forgettability import _GRAFT, grafting, permutation_p, spearman  # noqa: E402
+from seekr_peft.attention.support import attention_modules  # noqa: E402
 from seekr_peft.peak_memory import PeakMemory  # noqa: E402
 
 
@@ -79,3 +85,59 @@ def test_the_kl_of_what_is_stored_is_that_of_a_hand_made_row():
     # Key 3 lies in the future: the remaining half is spread over keys 1 and 2.
     expected = 0.3 * torch.tensor(0.3 / 0.25).log() + 0.2 * torch.tensor(0.2 / 0.25).log()
     torch.testing.assert_close(_spread_kl(exact, stored, torch.tensor([3])).float(), expected[None])
+
+
+def test_rank_correlation_and_its_p_value_by_hand():
+    assert spearman(np.array([1.0, 5, 2, 9]), np.array([10.0, 30, 20, 40])) == pytest.approx(1.0)
+    # Ranks 1 2 3 against 2 1 3: 1 - 6 * 2 / (3 * 8).
+    assert spearman(np.array([1.0, 2, 3]), np.array([5.0, 4, 9])) == pytest.approx(0.5)
+    # Ties share their mean rank: 1.5 1.5 3 against 1 2 3.
+    assert spearman(np.array([7.0, 7, 8]), np.array([1.0, 2, 3])) == pytest.approx(3**0.5 / 2)
+    rising = np.arange(6.0)
+    mean, p = permutation_p([(rising, rising)])
+    # One of 720 orders reaches a correlation of 1.
+    assert mean == pytest.approx(1.0) and 0 < p < 0.006
+    mean, p = permutation_p([(rising, -rising), (rising, rising)])
+    assert mean == pytest.approx(0.0, abs=1e-12) and 0.4 < p < 0.6
+
+
+def test_a_grafted_head_reads_the_rows_it_is_given_and_the_others_stay():
+    """With rows that look at themselves alone, a head's output is its own value."""
+    model = fresh_peft().eval()
+    attention = attention_modules(model)[1]
+    size = attention.head_dim
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    seen = {}
+    handles = [
+        attention.v_proj.register_forward_hook(lambda module, args, output: seen.update(value=output[0])),
+        attention.o_proj.register_forward_pre_hook(lambda module, args: seen.update(heads=args[0][0])),
+    ]
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        plain = model(ids).logits
+        before = seen["heads"].clone()
+        with grafting(model):
+            assert torch.equal(model(ids).logits, plain)
+            _GRAFT.rows, _GRAFT.heads = {1: torch.eye(7).expand(model.config.num_attention_heads, 7, 7)}, {1: [2]}
+            model(ids)
+    for handle in handles:
+        handle.remove()
+    own = slice(2 * size, 3 * size)
+    value = slice(2 // groups * size, (2 // groups + 1) * size)
+    torch.testing.assert_close(seen["heads"][:, own], seen["value"][:, value])
+    others = [i for i in range(before.shape[1]) if not own.start <= i < own.stop]
+    assert torch.equal(seen["heads"][:, others], before[:, others])
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_the_adversarial_tasks_contradict_one_another(shared, tmp_path):
+    assert write_tasks(shared / "data" / "long_sequence", tmp_path) == ["news", "letters", "mirror", "flipped"]
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / name / "test.jsonl").read_text().splitlines()]
+        for name in ("news", "letters", "mirror", "flipped")
+    }
+    for news, letters, mirror, flipped in zip(*rows.values(), strict=True):
+        assert flipped["prompt"] == news["prompt"] and flipped["answer"] != news["answer"] == news["answer"]
+        assert mirror["answer"] == flipped["answer"] and mirror["prompt"].endswith(news["prompt"])
+        assert f"{letters['answer']} is {news['answer']}" in letters["prompt"]
+        assert all(row["prompt"].startswith(row["instruction"]) for row in (news, letters, mirror, flipped))

@@ -122,19 +122,6 @@ def test_a_foreign_folder_or_file_is_refused_and_left_alone(tmp_path: Path, noth
     assert nothing_runs == []
 
 
-def test_methods_with_other_numbers_of_steps_are_not_compared(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    results = {}
-    for method, steps in (("sequential", 6), ("replay", 7)):
-        (tmp_path / method).mkdir()
-        line = f'{{"task_index": 0, "step": {steps}}}\n'
-        (tmp_path / method / "metrics.jsonl").write_text(line)
-        results[method] = SimpleNamespace(directory=tmp_path / method)
-    with pytest.raises(RunError, match=r"different numbers of optimiser steps .*\[6\].*\[7\]"):
-        demo_module._check_same_steps(results)  # type: ignore[arg-type]
-
-
 def test_the_demos_recipe_has_no_mistake_and_no_network() -> None:
     recipe = load_recipe(demo_recipe())
     assert (recipe.model.name_or_path, recipe.tasks.format) == ("demo", "demo")

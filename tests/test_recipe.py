@@ -15,6 +15,7 @@ import yaml
 from conftest import REPOSITORY
 
 from seekr_peft import cli
+from seekr_peft.compare import plan_comparison
 from seekr_peft.demo.run import demo_recipe
 from seekr_peft.errors import ConfigError
 from seekr_peft.recipe import Recipe, general_tests, load_recipe, save_recipe
@@ -55,7 +56,7 @@ def check_five(lines: list[str]) -> None:
     assert len(lines) == 5, lines
     for start in (
         "model.quantisation is an unknown key; did you mean model.quantization?",
-        "method.name must be one of sequential, replay, replay_logits, seekr, ewc, olora, got 'seeker'.",
+        "method.name must be one of sequential, replay, replay_logits, seekr, lwf, ewc, olora, multitask, got",
         "method.lambda1 must be in [0, 1], got 2.",
         "training.learning_rate must be a number above 0, got 'fast'.",
         "model.name_or_path: /nowhere/at/all has no config.json;",
@@ -114,7 +115,11 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"method": {}}, "method.name must be one of sequential, replay, replay_logits, seekr, ewc, olora, got None."),
+        (
+            {"method": {}},
+            "method.name must be one of sequential, replay, replay_logits, seekr, lwf, ewc, olora, multitask, "
+            "got None.",
+        ),
         ({"method": "seekr"}, "method: input should be a valid dictionary, got 'seekr'."),
         ({"training": {"seed": 3}}, "training.seed is set by the run; use seed instead."),
         ({"training": {"output_dir": "x"}}, "training.output_dir is set by the run; use output_dir instead."),
@@ -354,7 +359,9 @@ def test_a_recipe_of_the_repository_has_no_mistake_but_data_that_is_elsewhere(pa
     except ConfigError as error:
         for problem in error.problems:
             assert re.match(
-                r"model\.name_or_path: \S+ has no config\.json|tasks: The task path .* is not there", problem
+                r"model\.name_or_path: \S+ has no config\.json|tasks: The task path .* is not there|"
+                r"evaluation\.general: the test \S+ was not found",
+                problem,
             )
 
 
@@ -362,9 +369,52 @@ def test_a_recipe_of_the_repository_has_no_mistake_but_data_that_is_elsewhere(pa
 def test_a_recipe_of_the_repository_names_its_own_command(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     header = list(takewhile(lambda line: line.startswith("#"), lines))
-    commands = [line for line in header if "seekr-peft run" in line]
+    kind = "compare" if path.parent.name == "experiments" else "run"
     relative = path.relative_to(REPOSITORY).as_posix()
-    assert any(re.search(rf"#   .*seekr-peft run {re.escape(relative)}( |$)", line) for line in commands), header
+    assert any(re.search(rf"#   .*seekr-peft {kind} {re.escape(relative)}( |$)", line) for line in header), header
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name == "experiments"], ids=lambda p: p.name)
+def test_an_experiment_of_the_repository_has_three_seeds_and_recipes_without_a_mistake(
+    path: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEEKR_SHARED", str(shared))
+    overrides = []
+    if path.stem in ("adversarial", "flipped"):
+        # Made by a command that the recipe names.
+        for name in ("news", "letters", "mirror", "flipped"):
+            (tmp_path / name).mkdir()
+            for split in ("train", "test"):
+                (tmp_path / name / f"{split}.jsonl").touch()
+        overrides = [f"tasks.path={tmp_path}"]
+    plan = plan_comparison(path, overrides)
+    assert len(plan.seeds) >= 3 and plan.baseline is not None
+    assert plan.directory.parent == Path("runs/experiments")
+
+
+# A recipe that extends another ------------------------------------------------------------------------------------
+
+
+def test_a_recipe_takes_over_what_it_does_not_say(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "model: {name_or_path: demo}\ntasks: {format: demo, order: [first, last], max_train: 7}\n"
+        "training: {learning_rate: 1.0e-3, num_train_epochs: 2}\nseed: 3\n"
+    )
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\nseed: 4\ntraining: {num_train_epochs: 5}\n")
+    (tmp_path / "own.yaml").write_text("extends: middle.yaml\ntasks: {order: [third]}\n")
+    found = load_recipe(tmp_path / "own.yaml", ["tasks.max_test=2"])
+    assert found.tasks.order == ["third"] and (found.tasks.max_train, found.tasks.max_test) == (7, 2)
+    assert found.training == {"learning_rate": 1e-3, "num_train_epochs": 5} and found.seed == 4
+
+
+def test_recipes_that_extend_each_other_or_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    assert re.search(r"extends is '[ab]\.yaml'; give another recipe's file name", problems(tmp_path / "a.yaml")[0])
+    (tmp_path / "c.yaml").write_text("extends: nowhere.yaml\n")
+    assert re.search(r"nowhere\.yaml cannot be read", problems(tmp_path / "c.yaml")[0])
+    (tmp_path / "d.yaml").write_text("extends: 5\n")
+    assert re.search("extends is 5", problems(tmp_path / "d.yaml")[0])
 
 
 def test_the_demo_recipe_of_the_repository_is_the_demos() -> None:

@@ -17,13 +17,23 @@ from rich.console import Console
 
 from ..errors import RunError, RunInUseError
 from ..recipe import Recipe
-from ..report.comparison_page import write_comparison_page
+from ..report import write_comparison_page
 from ..run import RECIPE_FILE, is_finished, recipe_difference, run_recipe
 from .checks import SAME, check_comparable
-from .plan import Job, Plan, plan_comparison
+from .plan import Job, Plan, Variant, plan_comparison
 from .results import Comparison, read_comparison, write_comparison_files
 
-__all__ = ["SAME", "Comparison", "Job", "Plan", "check_comparable", "compare", "plan_comparison", "read_comparison"]
+__all__ = [
+    "SAME",
+    "Comparison",
+    "Job",
+    "Plan",
+    "Variant",
+    "check_comparable",
+    "compare",
+    "plan_comparison",
+    "read_comparison",
+]
 
 LOGS = "logs"
 
@@ -56,7 +66,7 @@ def compare(
         RunError: Runs are not comparable, or one of them cannot go on.
     """
     plan = plan_comparison(source, overrides, methods=methods, seeds=seeds, orders=orders)
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     directory = plan.directory
     (directory / LOGS).mkdir(parents=True, exist_ok=True)
     waiting = [job for job in plan.jobs if not _is_done(job)]

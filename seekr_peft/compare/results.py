@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 JSON_FILE, TABLE_FILE, CSV_FILE, RUNS_FILE = "comparison.json", "comparison.md", "comparison.csv", "runs.csv"
 GAP_FORMULA = "gap closed = (OP - OP[baseline]) / (OP[multitask] - OP[baseline])"
+_NOT_IN_THE_TERMINAL = ("learnt", "wins", "MB a step", "kept kB")
 _COSTS = ("n_steps", "train_seconds", "other_seconds", "evaluate_seconds", "kept_bytes")
 
 
@@ -121,16 +122,20 @@ class Comparison:
         return "\n".join([f"# {self.title}", "", *lines, "", *notes, "", f"    {self.command}", ""])
 
     def to_rich_table(self) -> Table:
-        """The same table for the terminal."""
+        """The table for the terminal, with fewer columns."""
+        from rich import box
         from rich.table import Table
         from rich.text import Text
 
         rows = self.rows()
-        table = Table(title=Text(self.title), title_justify="left")
-        for name in rows[0]:
-            table.add_column(name, justify="left" if name == "variant" else "right")
+        names = [name for name in rows[0] if name not in _NOT_IN_THE_TERMINAL]
+        table = Table(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in names:
+            table.add_column(
+                name, justify="left" if name == "variant" else "right", no_wrap=name != "variant", min_width=len(name)
+            )
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row.values()))
+            table.add_row(*(Text(row[name]) for name in names))
         return table
 
     def _row(self, variant: VariantFigures) -> dict[str, str]:

@@ -5,7 +5,6 @@ May import everything below ``cli``.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..compare import Variant, check_comparable
 from ..errors import RunError
 from ..report import write_comparison
-from ..run import METRICS_FILE, RunResult, run_recipe
+from ..run import RunResult, run_recipe
 
 METHODS = ("sequential", "replay", "seekr")
 MARKER = ".seekr-peft-demo"
@@ -63,7 +63,7 @@ def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> P
         results = _run_methods(directory, console)
     finally:
         torch.set_num_threads(n_threads)
-    _check_same_steps(results)
+    check_comparable({Variant(method, {"method.name": method}): result.directory for method, result in results.items()})
     page = write_comparison(
         {method: result.directory for method, result in results.items()},
         directory,
@@ -97,21 +97,6 @@ def _prepare(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (directory / MARKER).touch()
-
-
-def _check_same_steps(results: dict[str, RunResult]) -> None:
-    steps = {method: _last_steps(result.directory / METRICS_FILE) for method, result in results.items()}
-    if len({tuple(counts) for counts in steps.values()}) != 1:
-        raise RunError(f"the methods took different numbers of optimiser steps ({steps}), so they cannot be compared.")
-
-
-def _last_steps(path: Path) -> list[int]:
-    """Optimiser steps of each task."""
-    last: dict[int, int] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        last[record["task_index"]] = record["step"]
-    return [last[index] for index in sorted(last)]
 
 
 def _table(results: dict[str, RunResult]) -> Table:
