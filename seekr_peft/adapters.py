@@ -27,6 +27,11 @@ from .errors import AdapterError
 from .quantized import keep_differentiable
 
 Mode = Literal["stack", "continue"]
+RankLimit = int | Literal["auto"] | None
+"""Largest rank of the sum of the earlier adapters: "auto" is ``AUTO_TASKS`` times an adapter's own, None no limit."""
+
+AUTO_TASKS = 8
+"""So many tasks are summed exactly by default; without a limit the step and the files grow with every further one."""
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 """What decides the shape and the scale of an adapter's change."""
 
@@ -45,6 +50,11 @@ class Consolidation:
     worst_module_energy: float
 
 
+def resolved_rank_limit(rank_limit: RankLimit, r: int) -> int | None:
+    """The limit as a number, or None, for adapters of rank ``r``."""
+    return AUTO_TASKS * r if rank_limit == "auto" else rank_limit
+
+
 class AdapterStack:
     """The adapters of a task sequence on one ``PeftModel``.
 
@@ -60,7 +70,7 @@ class AdapterStack:
             ``modules_to_save``, embeddings, an initialisation that changes the base weights).
     """
 
-    def __init__(self, model: PeftModel, mode: Mode = "stack", rank_limit: int | None = None) -> None:
+    def __init__(self, model: PeftModel, mode: Mode = "stack", rank_limit: RankLimit = "auto") -> None:
         if not isinstance(model, PeftModel):
             raise AdapterError(
                 f"the model is a {type(model).__name__}, not a PeftModel; wrap it first: "
@@ -68,11 +78,10 @@ class AdapterStack:
             )
         if mode not in ("stack", "continue"):
             raise AdapterError(f"mode must be 'stack' or 'continue', got {mode!r}.")
-        if rank_limit is not None and rank_limit < 1:
-            raise AdapterError(f"rank_limit must be None or at least 1, got {rank_limit}.")
+        if rank_limit not in (None, "auto") and not (isinstance(rank_limit, int) and rank_limit >= 1):
+            raise AdapterError(f"rank_limit must be 'auto', None or at least 1, got {rank_limit!r}.")
         self.model = model
         self.mode = mode
-        self.rank_limit = rank_limit
         self.n_tasks = 0
         self.current: str | None = None
         self.earlier: str | None = None
@@ -81,6 +90,7 @@ class AdapterStack:
         """Whether the model carried a trained adapter before the first task; it counts as an earlier one."""
         keep_differentiable(model)
         self._template = _checked_template(model)
+        self.rank_limit = resolved_rank_limit(rank_limit, self._template.r)
         # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
         self._unused: list[str] = []
         self._before: dict[str, Tensor] = {}

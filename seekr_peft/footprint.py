@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
+from .adapters import resolved_rank_limit
 from .attention.rows import CHUNK_BYTES
 from .attention.support import attention_modules, head_shape
 from .config import SeekrConfig
@@ -324,7 +325,7 @@ def _adapter_bytes(recipe: Recipe, model: nn.Module, n_tasks: int) -> tuple[int,
     earlier = 0
     if recipe.adapter.mode == "stack":
         ranks = recipe.adapter.lora()["r"] * (n_tasks - 1)
-        ranks = min(ranks, recipe.adapter.rank_limit or ranks)
+        ranks = min(ranks, resolved_rank_limit(recipe.adapter.rank_limit, recipe.adapter.lora()["r"]) or ranks)
         earlier = current * ranks // recipe.adapter.lora()["r"]
     name = str(recipe.training.get("optim", "adamw"))
     state = next(size for part, size in {**_OPTIMIZER_BYTES, "": 8}.items() if part in name)

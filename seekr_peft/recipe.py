@@ -71,7 +71,8 @@ class AdapterSection(_Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
     mode: Literal["stack", "continue"] = "stack"
-    rank_limit: Count | None = None
+    rank_limit: Count | Literal["auto"] | None = "auto"
+    """Largest rank of the earlier adapters' sum; auto: 8 times ``r``; null: no limit, and every task costs more."""
 
     def lora(self) -> dict[str, Any]:
         """The keyword arguments of ``LoraConfig``."""

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import N_LAYERS, nf4_llama, padded_batch, tiny_llama, with_lora
 from torch import Tensor, nn
 
-from seekr_peft.adapters import AdapterStack, _truncate
+from seekr_peft.adapters import AdapterStack, Consolidation, _truncate
 from seekr_peft.errors import AdapterError
 from seekr_peft.quantized import keep_differentiable
 
@@ -356,11 +356,23 @@ def test_a_model_without_lora_is_refused_with_what_it_is() -> None:
         AdapterStack(model)
 
 
+def test_by_default_eight_tasks_are_summed_exactly_and_a_ninth_is_not() -> None:
+    stack = trained_stack(n_tasks=8, open_task=False, rank_limit="auto")
+    assert stack.rank_limit == 8 * 4
+    assert stack.last_consolidation == Consolidation(32, 0.0, 0.0)
+    stack.begin()
+    randomise(stack.parameters(), seed=99)
+    consolidation = stack.finish()
+    assert consolidation is not None and consolidation.rank == 32 and consolidation.discarded_energy > 0
+
+
 def test_settings_out_of_range_are_refused_with_their_value() -> None:
     with pytest.raises(AdapterError, match="'stack' or 'continue', got 'pile'"):
         AdapterStack(fresh_peft(), mode="pile")  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="at least 1, got 0"):
         AdapterStack(fresh_peft(), rank_limit=0)
+    with pytest.raises(AdapterError, match="at least 1, got 'much'"):
+        AdapterStack(fresh_peft(), rank_limit="much")  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match=r"one adapter, got \['default', 'second'\]"):
         AdapterStack(two_adapters(), mode="continue")
 

@@ -86,7 +86,7 @@ def test_the_recipe_is_stored_resolved(finished: Path) -> None:
     assert stored["method"] == {key: given["method"].get(key, defaults.get(key)) for key in stored["method"]}
     assert stored["adapter"] == {
         "mode": "stack",
-        "rank_limit": None,
+        "rank_limit": "auto",
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
         **given["adapter"],

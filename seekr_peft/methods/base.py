@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..adapters import AdapterStack, Mode
+from ..adapters import AdapterStack, Mode, RankLimit
 from ..config import SeekrConfig
 from ..errors import ConfigError, RunError
 from ..losses import ReplayTerms
@@ -70,7 +70,7 @@ class ContinualMethod:
         *,
         directory: str | Path | None = None,
         adapter_mode: Mode = "stack",
-        rank_limit: int | None = None,
+        rank_limit: RankLimit = "auto",
     ) -> None:
         if adapter_mode not in self.adapter_modes:
             raise ConfigError(
