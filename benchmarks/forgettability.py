@@ -36,6 +36,7 @@ from seekr_peft.forward import answer_logits, evaluation_mode
 from seekr_peft.heads import HeadSelection, normalise_per_layer
 from seekr_peft.losses import label_loss
 from seekr_peft.memory import ReplaySample, choose_samples
+from seekr_peft.methods import get_method
 from seekr_peft.modeling import load_model
 from seekr_peft.recipe import Recipe, load_recipe
 from seekr_peft.report.figures import OKABE_ITO, report_style, to_png
@@ -88,20 +89,26 @@ def grafting(model: nn.Module) -> Iterator[None]:
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Rank correlation; ties get their mean rank."""
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+    """Rank correlation; ties get their mean rank; 0 where one side is constant."""
+    return _correlation(_ranks(first), _ranks(second))
 
 
 def permutation_p(pairs: list[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> tuple[float, float]:
     """Mean rank correlation of ``pairs``, and the share of permutations (of the heads in each pair) that reach it."""
     ranked = [(_ranks(a), _ranks(b)) for a, b in pairs]
-    observed = float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in ranked]))
+    observed = float(np.mean([_correlation(a, b) for a, b in ranked]))
     generator = np.random.default_rng(seed)
     reached = 0
     for _ in range(N_PERMUTATIONS):
-        mean = np.mean([np.corrcoef(a, generator.permutation(b))[0, 1] for a, b in ranked])
+        mean = np.mean([_correlation(a, generator.permutation(b)) for a, b in ranked])
         reached += mean >= observed - 1e-12
     return observed, (reached + 1) / (N_PERMUTATIONS + 1)
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    first, second = first - first.mean(), second - second.mean()
+    scale = float(np.sqrt((first @ first) * (second @ second)))
+    return float(first @ second) / scale if scale > 0 else 0.0
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -145,7 +152,7 @@ def measure_pair(recipe: Recipe, run: Path, k: int, tasks: list[Any], tokenizer:
     # Of the test split: the model has not seen them.
     test = type(old_task).from_records("test", old_task.test, old_task.test).tokenized(tokenizer, length).train
     old = choose_samples(test, min(1.0, N_SAMPLES / len(test)), None, 0)
-    new = choose_samples(new_task.train, config.replay_ratio, config.query_budget, recipe.seed + k + 1)
+    new = choose_samples(new_task.train, config.replay_ratio, config.query_budget, config.seed + k + 1)
     scores = torch.zeros(3, n_layers, n_heads, dtype=torch.float64)
     with evaluation_mode(before), evaluation_mode(after):
         for sample in new:
@@ -237,6 +244,8 @@ def main() -> None:
         if not is_finished(run):
             raise SystemExit(f"{run} is no finished run; give folders of `seekr-peft run` or `compare`.")
         recipe = load_recipe(run / "recipe.yaml")
+        if get_method(recipe.method_name).joint:
+            raise SystemExit(f"{run} trained all tasks at once, so nothing was forgotten; give a run of a sequence.")
         tasks, (_, tokenizer) = load_tasks(recipe), load_model(recipe)
         pairs += [measure_pair(recipe, run, k, tasks, tokenizer) for k in range(len(tasks) - 1)]
         print(f"{run}: {len(tasks) - 1} pairs", flush=True)

@@ -90,7 +90,8 @@ class AdapterStack:
         """Whether the model carried a trained adapter before the first task; it counts as an earlier one."""
         keep_differentiable(model)
         self._template = _checked_template(model)
-        self.rank_limit = resolved_rank_limit(rank_limit, self._template.r)
+        own = max([self._template.r, *(self._template.rank_pattern or {}).values()])
+        self.rank_limit = resolved_rank_limit(rank_limit, own)
         # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
         self._unused: list[str] = []
         self._before: dict[str, Tensor] = {}

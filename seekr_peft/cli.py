@@ -87,10 +87,12 @@ def compare(
         typer.Option(help="How many orders of the tasks (default 1), or the orders: a,b,c;c,b,a.", show_default=False),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check all recipes and count the runs.")] = False,
+    gather: Annotated[bool, typer.Option("--gather", help="Only gather the runs that are finished.")] = False,
 ) -> None:
     """Is it worth it? Run several methods on the same tasks, seeds and orders; ends with one table and one page.
 
-    Stopped at any moment, the same command goes on. Started in several terminals, it shares the runs among them.
+    Stopped at any moment, the same command goes on. Started in several terminals, it shares the runs among them. With
+    --methods, --seeds or --orders the table and the page are about these alone.
     """
     _quiet()
     from .compare import compare as compare_methods
@@ -105,7 +107,7 @@ def compare(
         plan = plan_comparison(recipe, overrides or [], **settings)
         typer.echo(f"{recipe} is fine: {len(plan.jobs)} runs into {plan.directory}.")
         return
-    compare_methods(recipe, overrides or [], **settings)
+    compare_methods(recipe, overrides or [], run=not gather, **settings)
 
 
 @app.command()
@@ -173,7 +175,7 @@ def _orders(text: str | None) -> int | list[list[str]] | None:
         return None
     return (
         int(text)
-        if text.strip().isdigit()
+        if text.strip().isdecimal()
         else [[name.strip() for name in order.split(",")] for order in text.split(";")]
     )
 

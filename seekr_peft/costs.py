@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from .peak_memory import PeakMemory
@@ -20,15 +21,16 @@ COSTS_FILE = "costs.json"
 class TaskCost:
     """The cost of one task under one method.
 
-    ``train_seconds``: the Trainer's own time, replay included. ``other_seconds``: all else that belongs to training
-    the task (drawing and scoring replay samples, storing, adding up the adapters). ``evaluate_seconds``: the answers
-    after it. ``step_peak_bytes``: peak allocation of one optimiser step, with a replay batch where there are any,
-    above what lives between steps (see ``PeakMemory``). ``kept_bytes``: what the task left on disk for the method,
-    without its adapter.
+    ``step_seconds``: mean over its optimiser steps, replay included. ``train_seconds``: the Trainer's own time, with
+    its start-up. ``other_seconds``: all else that belongs to training the task (drawing and scoring replay samples,
+    storing, adding up the adapters). ``evaluate_seconds``: the answers after it. ``step_peak_bytes``: peak allocation
+    of one optimiser step, with a replay batch where there are any, above what lives between steps (``PeakMemory``);
+    0 where a task has one step only. ``kept_bytes``: what the task left on disk for the method, but for its adapter.
     """
 
     name: str
     n_steps: int = 0
+    step_seconds: float = 0.0
     train_seconds: float = 0.0
     other_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -40,8 +42,9 @@ class TaskCost:
         return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-class StepPeak(TrainerCallback):
-    """Measures the peak memory of the first optimiser step after step 0 for which ``replay_due``; else of step 1."""
+class StepMeter(TrainerCallback):
+    """Times the optimiser steps, and measures the peak memory of one of them, whose time does not count: the first one
+    after step 0 for which ``replay_due``, else step 1."""
 
     def __init__(self, replay_due: Callable[[int], bool], device: str) -> None:
         self._replay_due = replay_due
@@ -49,6 +52,13 @@ class StepPeak(TrainerCallback):
         self._step: int | None = None
         self._open: PeakMemory | None = None
         self.peak = 0
+        self._started = self._total = 0.0
+        self._n_timed = 0
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean seconds of a step; 0 when none was timed."""
+        return self._total / self._n_timed if self._n_timed else 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._step is None:
@@ -57,8 +67,14 @@ class StepPeak(TrainerCallback):
         if state.global_step == self._step:
             self._open = PeakMemory(self._device)
             self._open.__enter__()
+        self._started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._open is None:
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            self._total += time.monotonic() - self._started
+            self._n_timed += 1
         self.close()
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from .config import SeekrConfig
 from .errors import ConfigError
 from .forward import evaluation_mode
 from .memory import ReplaySample, draw_queries, estimate_bytes, replay_count
+from .methods import ContinualMethod, get_method
 from .modeling import CHECKPOINTING, compute_dtype, resolve_name
 from .peak_memory import PeakMemory
 from .recipe import DEMO, Recipe, task_order
@@ -99,7 +100,8 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     length = min(recipe.tasks.max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9)
     answers = min(answer_tokens or recipe.evaluation.max_new_tokens, length - 1)
     model = _meta_model(recipe, config)
-    n_tasks = len(task_order(recipe))
+    kind = get_method(recipe.method_name)
+    n_tasks = 1 if kind.joint else len(task_order(recipe))
     adapters, optimizer = _adapter_bytes(recipe, model, n_tasks)
     base = sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" not in name)
     base += _scale_bytes(recipe, model) + sum(buffer.nbytes for buffer in model.buffers())
@@ -107,13 +109,16 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     sample = _sample(length, answers, method)
     phases = {"training": _training(recipe, model, length)}
     n_samples = per_sample = 0
-    if recipe.method_name != "sequential":
-        n_samples = replay_count(n_train, method.replay_ratio)
-        n_heads = 0
+    if kind.replay_terms is not ContinualMethod.replay_terms:
+        n_heads, at_hand = 0, n_train
+        if kind.uses_replay:
+            n_samples = replay_count(n_train, method.replay_ratio)
+            at_hand = n_samples * (n_tasks - 1)
         if recipe.method_name == "seekr":
             n_heads = method.distilled_heads(len(attention_modules(model)), head_shape(model)[1])
-        per_sample = _sample_bytes(recipe, model, method, sample, n_heads)
-        phases["replay"] = _replay(recipe, model, length, answers, n_heads, n_samples * (n_tasks - 1))
+        if kind.uses_replay:
+            per_sample = _sample_bytes(recipe, model, method, sample, n_heads)
+        phases["replay"] = _replay(recipe, model, length, answers, n_heads, at_hand)
         if recipe.method_name == "seekr" and method.attention_distillation:
             phases["scoring"] = _scoring(recipe, model, sample, length, answers)
     phases["evaluation"] = _evaluation(recipe, model, length)
@@ -324,9 +329,11 @@ def _adapter_bytes(recipe: Recipe, model: nn.Module, n_tasks: int) -> tuple[int,
     current = sum(parameter.nbytes for parameter in trained)
     earlier = 0
     if recipe.adapter.mode == "stack":
-        ranks = recipe.adapter.lora()["r"] * (n_tasks - 1)
-        ranks = min(ranks, resolved_rank_limit(recipe.adapter.rank_limit, recipe.adapter.lora()["r"]) or ranks)
-        earlier = current * ranks // recipe.adapter.lora()["r"]
+        lora = recipe.adapter.lora()
+        own = max([lora["r"], *(lora.get("rank_pattern") or {}).values()])
+        ranks = own * (n_tasks - 1)
+        ranks = min(ranks, resolved_rank_limit(recipe.adapter.rank_limit, own) or ranks)
+        earlier = current * ranks // own
     name = str(recipe.training.get("optim", "adamw"))
     state = next(size for part, size in {**_OPTIMIZER_BYTES, "": 8}.items() if part in name)
     return current + earlier, state * sum(parameter.numel() for parameter in trained)

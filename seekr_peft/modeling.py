@@ -59,7 +59,9 @@ def base_fingerprint(model: PeftModel) -> str:
             continue
         flat = parameter.detach().flatten()
         values = flat[:: max(1, flat.numel() // 64)][:64].cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        # PEFT renames what it wraps, and which layers it wraps is no matter of the base.
+        plain = name.replace(".base_layer.", ".")
+        digest.update(f"{plain} {tuple(parameter.shape)} {parameter.dtype} ".encode())
         digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

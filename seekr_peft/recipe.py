@@ -209,8 +209,19 @@ def general_tests(recipe: Recipe) -> list["GeneralTest"]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML."""
-    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write the resolved recipe as YAML; a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    temporary.replace(path)
+
+
+def stored_recipe(path: Path) -> Recipe:
+    """What ``save_recipe`` wrote; ConfigError when it is no recipe. The folders it names need not be there any more."""
+    problems: list[str] = []
+    recipe = _validated(_read_yaml(path), problems)
+    if recipe is None:
+        raise ConfigError(f"{path} is no recipe: {problems[0]}")
+    return _resolved(recipe)
 
 
 def _resolved(recipe: Recipe) -> Recipe:

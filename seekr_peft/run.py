@@ -18,19 +18,18 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from datasets import concatenate_datasets
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers import TrainingArguments, set_seed
 
-from .costs import COSTS_FILE, StepPeak, TaskCost, kept_bytes, seconds_into
+from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, seconds_into
 from .errors import ConfigError, RunError, RunInUseError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room
@@ -39,16 +38,14 @@ from .methods.base import STATE_FILE as METHOD_STATE_FILE
 from .methods.base import read_method_state, write_json
 from .modeling import base_fingerprint, load_model
 from .progress import RunProgress, StepReporter, describe_terms
-from .recipe import DEMO, Recipe, general_tests, load_recipe, save_recipe
+from .recipe import DEMO, Recipe, general_tests, load_recipe, save_recipe, stored_recipe
 from .report import read_run, write_report
+from .stages import Stage, joined, plan_stages
 from .tasks import Task, read_tasks
 from .trainer import ContinualTrainer
 
 TASKS_FILE = "tasks.json"
 GENERAL_FILE = "general.json"
-ALL_TASKS = "all_tasks"
-"""Name of the only stage of a joint method."""
-
 RECIPE_FILE, STATE_FILE, METRICS_FILE, ENVIRONMENT_FILE = (
     "recipe.yaml",
     "state.json",
@@ -62,7 +59,7 @@ _RENAMED = {
 _PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
-_BEFORE_TRAINING = {RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE, GENERAL_FILE}
+_BEFORE_TRAINING = {f".{RECIPE_FILE}.partial", RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE, GENERAL_FILE}
 """All that a run has written when its first task begins."""
 
 
@@ -80,7 +77,7 @@ def run_recipe(
     source: str | Path | Mapping[str, Any] | Recipe,
     overrides: Sequence[str] = (),
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     console: Console | None = None,
     report: bool = True,
 ) -> RunResult:
@@ -89,7 +86,7 @@ def run_recipe(
     Args:
         source: A recipe file, mapping or ``Recipe``.
         overrides: ``section.key=value`` strings.
-        resume: Go on after the last finished task of the run directory.
+        resume: Go on after the last finished task of the run directory; "auto": if there is one.
         console: Where to report; a plain ``Console()`` on stderr by default.
         report: Whether to write the page; ``seekr-peft report`` can do so later.
 
@@ -99,12 +96,17 @@ def run_recipe(
     """
     recipe = load_recipe(source, overrides)
     directory = Path(recipe.output_dir)
-    _check_directory(directory, recipe, resume)
+    if resume != "auto":
+        _check_directory(directory, recipe, resume)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"output_dir {directory} cannot be made ({error.strerror}); choose another folder.") from error
     with _locked(directory), RunProgress(console or Console(stderr=True)) as progress, _logging_to(progress.console):
+        if resume == "auto":
+            path = directory / RECIPE_FILE
+            trained = (directory / METHOD_STATE_FILE).is_file()
+            resume = trained or (path.is_file() and not recipe_difference(path, recipe))
         _check_directory(directory, recipe, resume)
         if not resume:
             save_recipe(recipe, directory / RECIPE_FILE)
@@ -116,22 +118,6 @@ def run_recipe(
     return RunResult(directory, matrix, page)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One training of a run: the tasks ``trained`` in it, and those ``seen`` by its end, which are evaluated then."""
-
-    name: str
-    trained: list[Task]
-    seen: list[Task]
-
-
-def plan_stages(tasks: list[Task], joint: bool) -> list[Stage]:
-    """One task after another; or, for a method that is ``joint``, all of them at once."""
-    if joint:
-        return [Stage(ALL_TASKS, tasks, tasks)]
-    return [Stage(task.name, [task], tasks[: index + 1]) for index, task in enumerate(tasks)]
-
-
 class _Run:
     """The state of one call of ``run_recipe``."""
 
@@ -140,8 +126,9 @@ class _Run:
         self.directory = directory
         self.progress = progress
         self.started = time.monotonic()
-        self.seconds_before: float | None = _read_json(directory / ENVIRONMENT_FILE).get("seconds")
-        self.base: str | None = None
+        environment = _read_json(directory / ENVIRONMENT_FILE)
+        self.seconds_before: float | None = environment.get("seconds")
+        self.base: str | None = environment.get("base")
         self.costs: list[TaskCost] = []
 
     def execute(self) -> AccuracyMatrix:
@@ -156,7 +143,9 @@ class _Run:
             raise ConfigError(f"tasks.epochs has {len(epochs)} numbers for {len(tasks)} tasks; give one for each.")
         set_seed(self.recipe.seed)
         model, tokenizer = load_model(self.recipe)
-        self.base = base_fingerprint(model)
+        trained = _trained_tasks(self.directory)
+        self._check_base_and_data(base_fingerprint(model), tasks, trained)
+        self._write_environment(self.seconds_before)
         method = get_method(self.recipe.method_name)(
             model,
             self.recipe.method_config(),
@@ -170,12 +159,17 @@ class _Run:
         max_length = min(self.recipe.tasks.max_length, positions or self.recipe.tasks.max_length)
         stages = plan_stages(tasks, method.joint)
         finished = _finished_tasks(self.directory)
-        trained = _trained_tasks(self.directory)
+        evaluated = sum(len(stage.seen) <= finished for stage in stages)
+        if trained > evaluated + 1:
+            raise RunError(
+                f"{self.directory} has {trained} trained tasks of which {evaluated} are evaluated, so {STATE_FILE} is "
+                f"missing or old; restore it, or start again in another output_dir."
+            )
         if trained:
             method.restore([stage.name for stage in stages[:trained]])
             self.progress.say(f"resuming after task {stages[trained - 1].name} ({trained} of {len(stages)} trained)")
         _cut_metrics(self.directory / METRICS_FILE, trained)
-        self._read_costs(trained)
+        self._read_costs(stages[:trained], method)
         matrix = AccuracyMatrix.load(self.directory) if finished else AccuracyMatrix(names)
         self._write_task_facts(tasks)
         if not trained:
@@ -186,14 +180,14 @@ class _Run:
                 self._train(method, stage.name, tokenized, index, f"{index + 1}/{len(stages)} {stage.name}")
             if len(stage.seen) > finished:
                 with seconds_into(self.costs[index], "evaluate_seconds"):
-                    self._evaluate(model, tokenizer, stage.seen, matrix)
+                    self._evaluate(model, tokenizer, stage.seen, max_length, matrix)
                     self._measure_general(model, tokenizer, max_length, after=stage.seen[-1].name)
                 if index + 1 == len(stages):
                     # Before the state says "finished", which promises the adapter.
                     method.stack.export(self.directory / "adapter")
                 self._write_costs()
-                self._write_state(names, len(stage.seen))
                 self._write_environment((self.seconds_before or 0) + time.monotonic() - self.started)
+                self._write_state(names, len(stage.seen))
         return matrix
 
     def _write_environment(self, seconds: float | None) -> None:
@@ -205,7 +199,7 @@ class _Run:
         # Each task has its own seed, so a resumed run draws the same numbers as one that was never stopped.
         set_seed(self.recipe.seed + index)
         reporter = StepReporter(self.progress, self.directory / METRICS_FILE, name, index, label)
-        step_peak = StepPeak(method.replay_due, "cuda" if torch.cuda.is_available() else "cpu")
+        meter = StepMeter(method.replay_due, "cuda" if torch.cuda.is_available() else "cpu")
         dataset, arguments = self._training_data(tasks, index)
         cost = TaskCost(name)
         with seconds_into(cost, "other_seconds"), method.task(name, replay_from=dataset):
@@ -214,16 +208,16 @@ class _Run:
                 method=method,
                 args=arguments,
                 train_dataset=dataset,
-                callbacks=[reporter, step_peak],
+                callbacks=[reporter, meter],
             )
             _remove_printers(trainer)
             try:
                 with seconds_into(cost, "train_seconds"):
                     trainer.train()
             finally:
-                step_peak.close()
+                meter.close()
         cost.other_seconds -= cost.train_seconds
-        cost.n_steps, cost.step_peak_bytes = reporter.n_steps, step_peak.peak
+        cost.n_steps, cost.step_seconds, cost.step_peak_bytes = reporter.n_steps, meter.step_seconds, meter.peak
         cost.kept_bytes = kept_bytes(method.task_directory(index, name))
         self.costs.append(cost)
         self._write_costs()
@@ -234,19 +228,10 @@ class _Run:
         )
 
     def _training_data(self, tasks: list[Task], index: int) -> tuple[Any, TrainingArguments]:
-        """The samples of one training and its arguments: of a task, or of several at once for as many steps."""
+        """The samples of one training and its arguments."""
         if len(tasks) == 1:
             return tasks[0].train, self._training_arguments(index)
-        each = [self._training_arguments(place) for place in range(len(tasks))]
-        steps = sum(count_steps(len(task.train), arguments) for task, arguments in zip(tasks, each, strict=True))
-        epochs = [arguments.num_train_epochs for arguments in each]
-        # A task that is trained for more epochs than another has that many more samples in the mixture.
-        repeats = [max(1, round(count / min(epochs))) for count in epochs]
-        columns = ["input_ids", "attention_mask", "labels"]
-        parts = [
-            task.train.select_columns(columns) for task, times in zip(tasks, repeats, strict=True) for _ in range(times)
-        ]
-        return concatenate_datasets(parts), replace(each[index], max_steps=steps)
+        return joined([task.train for task in tasks], [self._training_arguments(place) for place in range(len(tasks))])
 
     def _training_arguments(self, index: int) -> TrainingArguments:
         epochs = self.recipe.tasks.epochs
@@ -274,7 +259,7 @@ class _Run:
             **settings,
         )
 
-    def _evaluate(self, model: Any, tokenizer: Any, seen: list[Task], matrix: AccuracyMatrix) -> None:
+    def _evaluate(self, model: Any, tokenizer: Any, seen: list[Task], max_length: int, matrix: AccuracyMatrix) -> None:
         after = seen[-1].name
         folder = self.directory / "predictions" / f"{len(seen):02d}-{after}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +271,7 @@ class _Run:
                 task,
                 max_new_tokens=self.recipe.evaluation.max_new_tokens,
                 batch_size=self.recipe.evaluation.batch_size,
-                max_length=self.recipe.tasks.max_length,
+                max_length=max_length,
             )
             matrix.record(after=after, on=task.name, score=evaluation.score)
             lines = [json.dumps(prediction, ensure_ascii=False) for prediction in evaluation.predictions]
@@ -348,11 +333,29 @@ class _Run:
         ]
         write_json(self.directory / TASKS_FILE, facts)
 
-    def _read_costs(self, trained: int) -> None:
-        """Those of the trained tasks; a task whose costs were lost with a kill counts as free."""
-        records = _read_json(self.directory / COSTS_FILE).get("tasks", [])[:trained]
+    def _check_base_and_data(self, base: str, tasks: list[Task], trained: int) -> None:
+        """RunError when a resumed run would go on with another base or other samples than it began with."""
+        facts = json.loads((self.directory / TASKS_FILE).read_text(encoding="utf-8")) if trained else []
+        before = {fact["name"]: fact.get("fingerprint") for fact in facts}
+        changed = [f"the data of task {task.name}" for task in tasks if before.get(task.name, "") != task.fingerprint()]
+        changed = changed if trained else []
+        if trained and self.base != base:
+            changed.insert(0, f"the base model {self.recipe.model.name_or_path}")
+        if changed:
+            raise RunError(
+                f"{self.directory} cannot go on: {' and '.join(changed)} changed since it began; bring the old state "
+                f"back, or start again in another output_dir."
+            )
+        self.base = base
+
+    def _read_costs(self, stages: list[Stage], method: ContinualMethod) -> None:
+        """Those of the trained stages; of one that a kill left unwritten the seconds and the peak are lost."""
+        records = _read_json(self.directory / COSTS_FILE).get("tasks", [])[: len(stages)]
         self.costs = [TaskCost(**record) for record in records]
-        self.costs += [TaskCost("unknown") for _ in range(trained - len(records))]
+        for index in range(len(records), len(stages)):
+            name = stages[index].name
+            steps = _last_steps(self.directory / METRICS_FILE).get(index, 0)
+            self.costs.append(TaskCost(name, steps, kept_bytes=kept_bytes(method.task_directory(index, name))))
 
     def _write_costs(self) -> None:
         write_json(self.directory / COSTS_FILE, {"tasks": [cost.to_json() for cost in self.costs]})
@@ -376,7 +379,12 @@ def is_finished(directory: Path) -> bool:
 
 def recipe_difference(path: Path, recipe: Recipe) -> str:
     """The first key in which the recipe stored at ``path`` differs from ``recipe``, with both values; '' for none."""
-    return _difference(load_recipe(path).to_dict(), recipe.to_dict())
+    try:
+        old, new = stored_recipe(path).to_dict(), recipe.to_dict()
+    except ConfigError as error:
+        raise RunError(f"{error}; delete the folder {path.parent} to run it again.") from error
+    # Which other runs it is compared with is no part of a run.
+    return _difference({**old, "compare": None}, {**new, "compare": None})
 
 
 def _summarise(directory: Path, matrix: AccuracyMatrix, report: Path | None, progress: RunProgress) -> None:
@@ -392,16 +400,6 @@ def _summarise(directory: Path, matrix: AccuracyMatrix, report: Path | None, pro
         progress.say(f"general ability: {curve.words()}")
     page = f"   report: {report}" if report else ""
     progress.say(f"adapter: {directory / 'adapter'}{page}")
-
-
-def count_steps(n_samples: int, arguments: TrainingArguments) -> int:
-    """Optimiser steps that a Trainer takes for ``n_samples`` (the rule of transformers' own ``Trainer``)."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    size = arguments.train_batch_size
-    batches = n_samples // size if arguments.dataloader_drop_last else math.ceil(n_samples / size)
-    updates = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(arguments.num_train_epochs * updates)
 
 
 def load_tasks(recipe: Recipe) -> list[Task]:
@@ -516,6 +514,12 @@ def _trained_tasks(directory: Path) -> int:
         shutil.rmtree(directory / "tasks", ignore_errors=True)
         return 0
     return len(read_method_state(directory)["tasks"])
+
+
+def _last_steps(path: Path) -> dict[int, int]:
+    """Optimiser steps of each stage by its index, from metrics.jsonl."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {record["task_index"]: record["step"] for record in map(json.loads, lines)}
 
 
 def _cut_metrics(path: Path, trained: int) -> None:

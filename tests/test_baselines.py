@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from core_models import fresh_peft, logits_of, make_dataset, train_by_hand
+from datasets import Dataset
 from rich.console import Console
 from small_run import read_json, read_lines, small_recipe
 from transformers import TrainingArguments
@@ -25,6 +27,7 @@ from seekr_peft.losses import label_loss, softened_kl
 from seekr_peft.memory import choose_samples
 from seekr_peft.methods import METHODS, Ewc, Lwf, OLora, ReplayLogits, Sequential, get_method
 from seekr_peft.recipe import load_recipe
+from seekr_peft.stages import count_steps, joined
 from seekr_peft.trainer import ContinualTrainer
 
 FIRST, SECOND = make_dataset(12, seed=1), make_dataset(12, seed=2)
@@ -221,7 +224,50 @@ def test_the_steps_of_a_training_are_counted_as_the_trainer_counts_them(tmp_path
         with method.task("only"):
             trainer = ContinualTrainer(model=method.model, method=method, args=arguments, train_dataset=FIRST)
             trainer.train()
-            assert run_module.count_steps(len(FIRST), arguments) == trainer.state.global_step
+            assert count_steps(len(FIRST), arguments) == trainer.state.global_step
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "rows", "steps"),
+    # 8 and 4 samples in batches of 4: two steps and one an epoch.
+    [
+        ((2.0, 3.0), -1, (8, 6), 7),
+        ((3.0, 3.0), -1, (8, 4), 9),
+        ((5.0, 2.0), -1, (20, 4), 12),
+        ((1.0, 9.0), 6, (8, 8), 12),
+    ],
+)
+def test_the_mixture_gives_each_task_its_share_of_the_steps(
+    epochs: tuple[float, float], max_steps: int, rows: tuple[int, int], steps: int, tmp_path: Path
+) -> None:
+    sets = [
+        Dataset.from_dict(
+            {
+                "input_ids": [[k, i] for i in range(n)],
+                "attention_mask": [[1, 1]] * n,
+                "labels": [[k, i] for i in range(n)],
+            }
+        )
+        for k, n in enumerate((8, 4))
+    ]
+    arguments = [
+        TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            num_train_epochs=count,
+            max_steps=max_steps,
+            use_cpu=True,
+            report_to=[],
+        )
+        for count in epochs
+    ]
+    mixed, own = joined(sets, arguments)
+    tasks = [row[0] for row in mixed["input_ids"]]
+    assert (tasks.count(0), tasks.count(1)) == rows and own.max_steps == steps
+    counts = Counter(map(tuple, mixed["input_ids"]))
+    for k in (0, 1):
+        own_counts = [count for row, count in counts.items() if row[0] == k]
+        assert max(own_counts) - min(own_counts) <= 1
 
 
 @pytest.mark.slow
@@ -258,7 +304,7 @@ def test_replay_with_logits_is_seekr_without_attention() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["replay_logits", "lwf", "ewc", "olora"])
+@pytest.mark.parametrize("name", ["replay_logits", "lwf", "ewc", "olora", "multitask"])
 def test_a_run_on_a_4_bit_base_logs_its_terms_and_resumes_to_the_same_adapter(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,8 +321,9 @@ def test_a_run_on_a_4_bit_base_logs_its_terms_and_resumes_to_the_same_adapter(
         return run_recipe(recipe(folder), console=Console(file=io.StringIO()), **options)
 
     run("whole")
-    term = "logits_loss" if name in ("replay_logits", "lwf") else "penalty_loss"
-    terms = [line.get(term) for line in read_lines(tmp_path / "whole" / "metrics.jsonl") if line["task_index"] == 1]
+    term = {"replay_logits": "logits_loss", "lwf": "logits_loss", "multitask": "loss"}.get(name, "penalty_loss")
+    stage = 0 if name == "multitask" else 1
+    terms = [line.get(term) for line in read_lines(tmp_path / "whole" / "metrics.jsonl") if line["task_index"] == stage]
     assert any(value is not None and value > 0 for value in terms)
 
     # Stopped after the first task was trained and saved.

@@ -17,8 +17,8 @@ from rich.console import Console
 from small_run import TASKS, read_json, small_recipe
 
 import seekr_peft.compare as compare_module
-from seekr_peft.compare import check_comparable, compare, plan_comparison
-from seekr_peft.compare.plan import Variant
+from seekr_peft.compare import FinishedRun, Variant, check_comparable, compare, plan_comparison
+from seekr_peft.compare.checks import what_is_the_same
 from seekr_peft.compare.statistics import PairedDifference, Spread, sign_flip_p
 from seekr_peft.errors import ConfigError, RunError, RunInUseError
 from seekr_peft.run import run_recipe
@@ -96,8 +96,19 @@ def test_comparisons_with_one_folder_of_runs_share_them(tmp_path: Path) -> None:
         ({}, {"seeds": [-1]}, "seed -1 must be a whole number"),
         ({"baseline": "nothing"}, {}, "compare.baseline 'nothing' is none of the variants"),
         ({"variants": {"a b": {}, "a-b": {}}}, {}, "the same folder name twice"),
-        ({"variants": {"a, b": {}}}, {}, "'a, b' has a comma"),
+        ({"variants": {"Seekr": {}, "seekr": {}}}, {}, "the same folder name twice"),
+        ({"variants": {"a, b": {}}}, {}, "the label 'a, b' must be one line without commas"),
+        ({"variants": {" a": {}}}, {}, "the label ' a' must be"),
         ({"variants": {"a": {"seed": 1}}}, {}, "'a' sets seed, which the comparison sets itself"),
+        ({"variants": {"a": {"method": {"name": "ewc"}}}}, {}, "'a' has the key 'method'; write single keys"),
+        ({"variants": {"a": {"compare.seeds": [1]}}}, {}, "'a' has the key 'compare.seeds'"),
+        ({"variants": {"a": {"method.name": ["x"]}}}, {}, r"variant 'a': method.name must be one of .* got \['x'\]"),
+        (
+            {"variants": {"a": {"method.name": "ewc", "adapter.mode": "stack"}}},
+            {},
+            "'a' sets adapter.mode 'stack', but method 'ewc' needs continue",
+        ),
+        ({}, {"orders": [TASKS, TASKS]}, "have one twice"),
         ({"variants": {"a": {"method.lambda2": -1}}}, {}, "variant 'a': method.lambda2 must be at least 0"),
         ({"variants": {"a": {"method.lamda2": 1}}}, {}, "variant 'a': .*did you mean method.lambda2"),
         ({"seed": [1]}, {}, "compare.seed is an unknown key; did you mean compare.seeds"),
@@ -122,6 +133,8 @@ def test_the_test_counts_sign_patterns() -> None:
     assert sign_flip_p([1, -1, 4]) == 0.75
     assert sign_flip_p([0.1] * 6) == 2 / 64
     assert sign_flip_p([0.0, 0.0]) == 1.0
+    # A pair without a difference says nothing, however many there are.
+    assert sign_flip_p([0.1] * 4 + [0.0] * 40) == sign_flip_p([0.1] * 4) == 0.125
 
 
 @given(st.lists(st.integers(-50, 50), min_size=2, max_size=7))
@@ -135,7 +148,7 @@ def test_the_test_agrees_with_counting_in_whole_numbers(differences: list[int]) 
 def test_many_pairs_are_judged_by_the_normal_limit() -> None:
     pairs = [0.5, -0.2, 0.9, 0.1] * 4
     exact = sign_flip_p(pairs)
-    assert sign_flip_p([*pairs, 0.0]) == pytest.approx(exact, abs=0.01)
+    assert sign_flip_p([*pairs, 1e-9]) == pytest.approx(exact, abs=0.01)
 
 
 def test_means_and_spreads_by_hand() -> None:
@@ -145,6 +158,9 @@ def test_means_and_spreads_by_hand() -> None:
     assert (difference.n, difference.wins, difference.p) == (3, 2, sign_flip_p([0.1, 0.3, -0.1]))
     assert difference.mean == pytest.approx(0.1) and difference.sd == pytest.approx(0.2)
     assert PairedDifference.of([0.1]).p is None
+    # The same right answers added up in another order.
+    rounding = PairedDifference.of([1e-17, 1e-17, 1e-17])
+    assert (rounding.wins, rounding.p) == (0, 1.0)
 
 
 # The whole --------------------------------------------------------------------------------------------------------
@@ -230,6 +246,8 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_result(
     monkeypatch.setattr(compare_module, "run_recipe", stop)
     with pytest.raises(KeyboardInterrupt):
         quietly(recipe(tmp_path), orders=1)
+    so_far = quietly(recipe(tmp_path), orders=1, run=False)
+    assert [variant.n for variant in so_far.variants] == [1, 1, 0] and len(so_far.runs) == 2
     monkeypatch.setattr(compare_module, "run_recipe", run_recipe)
     finished = [(run.variant, run.order, run.seed, run.op) for run in quietly(recipe(tmp_path), orders=1).runs]
     assert finished == [(run.variant, run.order, run.seed, run.op) for run in whole.runs if run.order == 1]
@@ -237,8 +255,11 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_result(
 
 @pytest.mark.slow
 def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
     def run(source: Any, **options: Any) -> Any:
         if "all-at-once" in source.output_dir:
+            tries.append(1)
             raise RunInUseError("in use")
         return run_recipe(source, **options)
 
@@ -249,20 +270,61 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path: Path, monke
         ("random heads", 1, 1),
         ("all at once", 0, 1),
     ]
-    assert comparison.variant("all at once").op is None
+    assert comparison.variant("all at once").op is None and len(tries) == 2
     assert "| all at once | 0/1 |" in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.slow
+def test_what_another_process_has_finished_meanwhile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes begin at once: the other one had the lock, and is done when this one comes back."""
+    source, held = recipe(tmp_path), []
+
+    def run(job: Any, **options: Any) -> Any:
+        if not held:
+            held.append(run_recipe(job, **options))
+            raise RunInUseError("in use")
+        return run_recipe(job, **options)
+
+    monkeypatch.setattr(compare_module, "run_recipe", run)
+    console = Console(file=io.StringIO(), width=200)
+    comparison = compare(source, methods=["replay"], seeds=[0], orders=1, console=console)
+    assert comparison.variant("replay").n == 1 and "another process" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_a_mistake_that_shows_only_in_the_run_names_it_and_can_be_mended(tmp_path: Path) -> None:
+    source = recipe(tmp_path, variants={"replay": {"method.name": "replay"}, "other": {"adapter.target_modules": "no"}})
+    with pytest.raises(RunError, match=r"^other, order 1, seed 0: adapter: .*other-order1-seed0\.log\)$"):
+        quietly(source, seeds=[0], orders=1)
+    assert "| replay | 1 |" in (tmp_path / "comparison.md").read_text()
+    source["compare"]["variants"]["other"] = {"adapter.target_modules": ["q_proj"]}
+    # The same base, whichever of its layers have an adapter.
+    assert [variant.n for variant in quietly(source, seeds=[0], orders=1).variants] == [1, 1]
+
+
+def test_an_output_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match=r"output_dir .*file cannot be made"):
+        quietly(recipe(tmp_path / "file"))
+
+
+def test_epochs_that_do_not_fit_the_tasks_of_the_folder_are_refused(tmp_path: Path) -> None:
+    source = recipe(tmp_path)
+    del source["tasks"]["order"]
+    source["tasks"]["epochs"] = [1, 2]
+    with pytest.raises(ConfigError, match=r"tasks\.epochs has 2 numbers for 4 tasks"):
+        plan_comparison(source)
 
 
 # Comparable -------------------------------------------------------------------------------------------------------
 
 
 def fake_run(directory: Path, **changed: Any) -> Path:
-    facts = {"base": "b", "fingerprint": "f", "n_steps": 6, "n_samples": 4, "replay_ratio": 0.1, **changed}
+    facts = {"base": "b", "fingerprint": "f", "n_steps": 6, "n_samples": 4, **changed}
     files = {
         "environment.json": {"base": facts["base"]},
         "tasks.json": [{"name": "first", "fingerprint": facts["fingerprint"]}],
         "costs.json": {"tasks": [{"n_steps": facts["n_steps"]}]},
-        "method.json": {"config": {"replay_ratio": facts["replay_ratio"]}},
         "tasks/01-first/memory.json": {"task": "first", "n_samples": facts["n_samples"]},
     }
     for name, content in files.items():
@@ -283,21 +345,36 @@ def fake_run(directory: Path, **changed: Any) -> Path:
 def test_runs_that_differ_in_more_than_their_variants_are_refused(
     changed: dict[str, Any], what: str, tmp_path: Path
 ) -> None:
-    runs = {Variant("one", {}): fake_run(tmp_path / "one"), Variant("two", {}): fake_run(tmp_path / "two")}
+    runs = [FinishedRun(Variant(name, {}), 1, 0, fake_run(tmp_path / name)) for name in ("one", "two")]
     check_comparable(runs)
     fake_run(tmp_path / "two", **changed)
-    with pytest.raises(RunError, match=f"two had other {what} than one"):
+    with pytest.raises(RunError, match=f"two and .*one had other {what}"):
         check_comparable(runs)
 
 
-def test_what_a_variant_names_may_differ(tmp_path: Path) -> None:
-    runs = {
-        Variant("one", {}): fake_run(tmp_path / "one"),
-        Variant("ratio", {"method.replay_ratio": 0.5}): fake_run(tmp_path / "two", n_samples=20, replay_ratio=0.5),
-        Variant("base", {"model.name_or_path": "x"}): fake_run(tmp_path / "three", base="other"),
-        Variant("steps", {"training.max_steps": 9}): fake_run(tmp_path / "four", n_steps=9),
-    }
+def test_one_base_for_all_and_one_set_of_samples_for_each_seed(tmp_path: Path) -> None:
+    variant = Variant("one", {})
+    first = FinishedRun(variant, 1, 0, fake_run(tmp_path / "a"))
+    check_comparable([first, FinishedRun(variant, 1, 1, fake_run(tmp_path / "b", fingerprint="drawn anew"))])
+    with pytest.raises(RunError, match="had other data"):
+        check_comparable([first, FinishedRun(variant, 2, 0, fake_run(tmp_path / "c", fingerprint="drawn anew"))])
+    with pytest.raises(RunError, match="had other base model"):
+        check_comparable([first, FinishedRun(variant, 2, 1, fake_run(tmp_path / "d", base="other"))])
+
+
+def test_what_a_variant_names_may_differ_and_is_said(tmp_path: Path) -> None:
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("one", {}, {}),
+        ("ratio", {"method.replay_ratio": 0.5}, {"n_samples": 20}),
+        ("base", {"model.name_or_path": "x"}, {"base": "other"}),
+        ("steps", {"training.max_steps": 9}, {"n_steps": 9}),
+        ("fewer", {"tasks.max_train": 9}, {"n_steps": 3, "fingerprint": "other", "n_samples": 2}),
+    ]
+    runs = [FinishedRun(Variant(name, keys), 1, 0, fake_run(tmp_path / name, **facts)) for name, keys, facts in cases]
     check_comparable(runs)
+    same = what_is_the_same([run.variant for run in runs])
+    assert same[0].endswith("but for base") and same[1].endswith("but for fewer")
+    assert same[2].endswith("but for steps, fewer") and same[3].endswith("but for ratio, fewer")
     (tmp_path / "one" / "costs.json").write_text("{")
     with pytest.raises(RunError, match=r"costs\.json cannot be read"):
         check_comparable(runs)

@@ -31,7 +31,7 @@ LEVELS = [
     {"sft_trainer", "demo.words"},
     {"recipe", "report", "export"},
     {"modeling"},
-    {"footprint"},
+    {"footprint", "stages"},
     {"run"},
     {"compare"},
     {"demo"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -552,3 +553,81 @@ def test_runs_of_the_same_base_and_data_have_the_same_fingerprints(finished: Pat
     recorded = [fact["fingerprint"] for fact in read_json(finished / "tasks.json")]
     assert recorded == [task.fingerprint() for task in run_module.load_tasks(recipe)]
     assert recorded[0] != run_module.load_tasks(other)[0].fingerprint()
+
+
+def test_what_a_kill_left_of_the_costs_is_counted_again(tmp_path: Path, no_report: None) -> None:
+    run(small_recipe(tmp_path / "run", n_tasks=2))
+    whole = read_json(tmp_path / "run" / "costs.json")["tasks"]
+    for name in ("state.json", "accuracy_matrix.json"):
+        (tmp_path / "run" / name).unlink()
+    method = read_json(tmp_path / "run" / "method.json")
+    (tmp_path / "run" / "method.json").write_text(json.dumps({**method, "tasks": method["tasks"][:1]}))
+    (tmp_path / "run" / "costs.json").unlink()
+    run(small_recipe(tmp_path / "run", n_tasks=2), resume=True)
+    again = read_json(tmp_path / "run" / "costs.json")["tasks"]
+    for key in ("name", "n_steps", "kept_bytes"):
+        assert [cost[key] for cost in again] == [cost[key] for cost in whole], key
+
+
+def stopped_after_one_task(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run whose second task was never begun; its recipe."""
+    evaluate = run_module.evaluate_task
+    recipe = small_recipe(directory, n_tasks=2)
+
+    def stop(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "evaluate_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    monkeypatch.setattr(run_module, "evaluate_task", evaluate)
+    return recipe
+
+
+def test_a_run_does_not_go_on_with_another_base_or_other_data(
+    tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stopped_after_one_task(tmp_path / "run", monkeypatch)
+    assert read_json(tmp_path / "run" / "environment.json")["base"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "base_fingerprint", lambda model: "another")
+        with pytest.raises(RunError, match="cannot go on: the base model demo changed since it began"):
+            run(recipe, resume=True)
+    tasks = run_module.load_tasks(load_recipe(recipe))
+    other = [type(task).from_records(task.name, list(task.test), list(task.test)) for task in tasks]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "load_tasks", lambda recipe: [other[0], tasks[1]])
+        with pytest.raises(RunError, match="cannot go on: the data of task first changed"):
+            run(recipe, resume=True)
+    assert run(recipe, resume=True).matrix.op() >= 0
+
+
+def test_a_run_without_its_state_is_not_scored_anew(tmp_path: Path, no_report: None) -> None:
+    run(small_recipe(tmp_path / "run", n_tasks=2))
+    (tmp_path / "run" / "state.json").unlink()
+    with pytest.raises(RunError, match="has 2 trained tasks of which 0 are evaluated"):
+        run(small_recipe(tmp_path / "run", n_tasks=2), resume=True)
+
+
+def test_resume_auto_goes_on_where_there_is_something_to_go_on_with(
+    tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stopped_after_one_task(tmp_path / "run", monkeypatch)
+    first = (tmp_path / "run" / "tasks" / "01-first" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    run(recipe, resume="auto")
+    again = (tmp_path / "run" / "tasks" / "01-first" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert first == again
+    with pytest.raises(RunError, match=r"started with another recipe \(seed was 0, now 1\)"):
+        run({**recipe, "seed": 1}, resume="auto")
+    # Nothing was trained: another recipe may take its place.
+    fresh = tmp_path / "fresh"
+    broken = small_recipe(fresh, n_tasks=1, adapter={"target_modules": "nothing"})
+    with pytest.raises(ConfigError):
+        run(broken, resume="auto")
+    assert run(small_recipe(fresh, n_tasks=1), resume="auto").matrix.op() >= 0
+
+
+def test_what_a_run_is_compared_with_is_no_part_of_it(tmp_path: Path, no_report: None) -> None:
+    recipe = small_recipe(tmp_path / "run", n_tasks=1)
+    run(recipe)
+    run({**recipe, "compare": {"title": "with others"}}, resume=True)

@@ -6,26 +6,28 @@ file runs what is missing. May import ``run`` and everything below it.
 
 from __future__ import annotations
 
-import logging
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 
-from ..errors import RunError, RunInUseError
+from ..errors import RunError, RunInUseError, SeekrError
 from ..recipe import Recipe
 from ..report import write_comparison_page
 from ..run import RECIPE_FILE, is_finished, recipe_difference, run_recipe
-from .checks import SAME, check_comparable
+from .checks import FinishedRun, check_comparable
 from .plan import Job, Plan, Variant, plan_comparison
-from .results import Comparison, read_comparison, write_comparison_files
+from .results import TABLE_FILE, Comparison, read_comparison, write_comparison_files
 
 __all__ = [
-    "SAME",
     "Comparison",
+    "FinishedRun",
     "Job",
     "Plan",
     "Variant",
@@ -37,8 +39,6 @@ __all__ = [
 
 LOGS = "logs"
 
-logger = logging.getLogger("seekr_peft")
-
 
 def compare(
     source: str | Path | Mapping[str, Any] | Recipe,
@@ -47,6 +47,7 @@ def compare(
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     orders: int | Sequence[Sequence[str]] | None = None,
+    run: bool = True,
     console: Console | None = None,
 ) -> Comparison:
     """Run what is missing, skip what is finished, and write the table and the page into the recipe's ``output_dir``.
@@ -60,6 +61,7 @@ def compare(
         methods: Labels of the recipe's variants, or names of methods.
         seeds: One run of each variant and order per seed.
         orders: Orders of the recipe's tasks, or how many: the recipe's own, then seeded shuffles of it.
+        run: False only gathers what is finished, as while other processes are at work.
 
     Raises:
         ConfigError: A recipe of one of the variants has mistakes; nothing was run.
@@ -67,58 +69,78 @@ def compare(
     """
     plan = plan_comparison(source, overrides, methods=methods, seeds=seeds, orders=orders)
     console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-    directory = plan.directory
-    (directory / LOGS).mkdir(parents=True, exist_ok=True)
-    waiting = [job for job in plan.jobs if not _is_done(job)]
-    n_done = len(plan.jobs) - len(waiting)
-    if n_done:
-        _say(console, f"{n_done} of {len(plan.jobs)} runs are finished already")
-    busy = 0
-    for job in waiting:
-        # Another process may have finished it meanwhile.
-        if _is_done(job):
-            n_done += 1
-            continue
-        started = time.monotonic()
-        try:
-            op = _run(job, directory / LOGS / f"{job.slug}.log")
-        except RunInUseError:
-            busy += 1
-            continue
-        n_done += 1
-        _say(console, f"[{n_done}/{len(plan.jobs)}] {job}: OP {100 * op:.1f} ({time.monotonic() - started:.0f} s)")
-    if busy:
-        _say(console, f"{busy} runs are in progress in another process; give the same command again when they ended.")
-    comparison = read_comparison(plan, command=" ".join(sys.argv))
-    write_comparison_files(comparison, directory)
-    page = write_comparison_page(directory)
+    logs = plan.directory / LOGS
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"output_dir {plan.directory} cannot be made ({error.strerror}); choose another.") from error
+    missing = [job for job in plan.jobs if not _is_done(job, plan)]
+    if len(missing) < len(plan.jobs):
+        _say(console, f"{len(plan.jobs) - len(missing)} of {len(plan.jobs)} runs are finished already")
+    try:
+        if run:
+            _run_all(missing, plan, logs, console)
+    except SeekrError:
+        # What is finished need not wait for what failed.
+        with suppress(SeekrError):
+            _gather(plan)
+        raise
+    comparison, page = _gather(plan)
     console.print(comparison.to_rich_table())
     _say(console, comparison.test_sentence())
-    _say(console, f"table: {directory / 'comparison.md'}   page: {page}")
+    _say(console, f"table: {plan.directory / TABLE_FILE}   page: {page}")
     return comparison
 
 
-def _run(job: Job, log: Path) -> float:
-    """OP of one run; what it would print goes into ``log``."""
-    with log.open("a", encoding="utf-8") as file:
-        result = run_recipe(
-            job.recipe,
-            resume=(job.directory / RECIPE_FILE).is_file(),
-            console=Console(file=file, width=120),
-            report=False,
-        )
-    return result.matrix.op()
+def _run_all(missing: list[Job], plan: Plan, logs: Path, console: Console) -> None:
+    """Run what is missing; a run in another process's hands is put off, and tried once more at the end."""
+    busy: list[Job] = []
+    for job in missing:
+        if not _run(job, plan, logs, console):
+            busy.append(job)
+    busy = [job for job in busy if not _run(job, plan, logs, console)]
+    if busy:
+        _say(console, f"{len(busy)} runs are in another process's hands; give the same command again when it ended.")
 
 
-def _is_done(job: Job) -> bool:
+def _run(job: Job, plan: Plan, logs: Path, console: Console) -> bool:
+    """Whether the run is finished now; what it would print goes into a file of ``logs``."""
+    # Another process may have finished it meanwhile.
+    if _is_done(job, plan):
+        return True
+    started = time.monotonic()
+    log = logs / f"{job.slug}.log"
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            result = run_recipe(job.recipe, resume="auto", console=Console(file=file, width=120), report=False)
+    except RunInUseError:
+        return False
+    except SeekrError as error:
+        raise RunError(f"{job}: {error} (its log: {log})") from error
+    n_done = sum(is_finished(other.directory) for other in plan.jobs)
+    seconds = time.monotonic() - started
+    _say(console, f"[{n_done}/{len(plan.jobs)}] {job}: OP {100 * result.matrix.op():.1f} ({seconds:.0f} s)")
+    return True
+
+
+def _gather(plan: Plan) -> tuple[Comparison, Path]:
+    """Write the table and the page of what is finished; one process at a time."""
+    with FileLock(plan.directory / ".lock"):
+        comparison = read_comparison(plan, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+        write_comparison_files(comparison, plan.directory)
+        return comparison, write_comparison_page(plan.directory)
+
+
+def _is_done(job: Job, plan: Plan) -> bool:
     """Whether the run is finished; RunError when it was another recipe's."""
     path = job.directory / RECIPE_FILE
     if not path.is_file() or not is_finished(job.directory):
         return False
     changed = recipe_difference(path, job.recipe)
     if changed:
+        where = "compare.runs_dir" if plan.recipe.compare.runs_dir else "output_dir"
         raise RunError(
-            f"{job.directory} holds a finished run of another recipe ({changed}); choose another output_dir, or delete "
+            f"{job.directory} holds a finished run of another recipe ({changed}); choose another {where}, or delete "
             f"that folder to run it again."
         )
     return True

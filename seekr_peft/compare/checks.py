@@ -1,10 +1,10 @@
-"""That the runs of one order and seed differ in nothing but what their variants say. May import
-``plan``, ``run`` and what lies below them."""
+"""That runs differ in nothing but what their variants say. May import ``plan``, ``run`` and what lies below them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,72 @@ from ..errors import RunError
 from ..run import ENVIRONMENT_FILE, TASKS_FILE
 from .plan import Variant
 
-SAME = (
-    "base model (its weights' fingerprint)",
-    "training and test data (their fingerprints)",
-    "optimiser steps of the sequence",
-    "replay samples of each task, among variants of one replay ratio",
-    "every key of the recipe but those that a variant names",
-)
-"""What ``check_comparable`` and the recipes of the runs make sure of."""
+_SAME = {
+    "base model": "base model (its weights' fingerprint)",
+    "data": "training and test data of each seed (their fingerprints)",
+    "optimiser steps": "optimiser steps of the sequence",
+    "replay samples": "replay samples of each task, among variants of one replay ratio",
+}
+_EXEMPT = {
+    "base model": ("model.",),
+    "data": ("tasks.",),
+    "optimiser steps": ("training.", "tasks."),
+    "replay samples": ("tasks.", "method.replay_ratio"),
+}
+"""Sections of the recipe that make a variant differ in that on purpose."""
 
-_SECTIONS = {"base model": ("model.",), "data": ("tasks.",), "optimiser steps": ("training.", "tasks.")}
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run of a comparison."""
+
+    variant: Variant
+    order: int
+    seed: int
+    directory: Path
 
 
-def check_comparable(directories: Mapping[Variant, Path]) -> None:
-    """RunError unless the finished runs of one order and seed had the same base, data, steps and replay budget.
+def what_is_the_same(variants: Sequence[Variant]) -> list[str]:
+    """What ``check_comparable`` and the recipes of the runs make sure of, in words."""
+    return [
+        *(text + _but_for(what, variants) for what, text in _SAME.items()),
+        "every key of the recipe but those that a variant names",
+    ]
+
+
+def check_comparable(runs: Sequence[FinishedRun]) -> None:
+    """RunError unless the runs had the same base, the same data of each seed, and the same steps and replay budget.
 
     A variant that itself names another model, other tasks or another training is left out of that check. The recipes
     need no look: a run directory is only taken for a variant if its recipe is that variant's.
     """
-    facts = {variant: _facts(directory) for variant, directory in directories.items()}
-    for what, sections in _SECTIONS.items():
-        fixed = {
-            variant: fact[what]
-            for variant, fact in facts.items()
-            if not any(key.startswith(sections) for key in variant.settings)
-        }
-        _refuse_difference(what, fixed)
-    by_ratio: dict[Any, dict[Variant, Any]] = {}
-    for variant, fact in facts.items():
-        if fact["replay samples"]:
-            by_ratio.setdefault(fact["replay ratio"], {})[variant] = fact["replay samples"]
-    for counts in by_ratio.values():
-        _refuse_difference("replay samples", counts)
+    facts = {run: _facts(run.directory) for run in runs}
+    groups: dict[str, Callable[[FinishedRun], Hashable]] = {
+        "base model": lambda run: None,
+        "data": lambda run: run.seed,
+        "optimiser steps": lambda run: (run.order, run.seed),
+        "replay samples": lambda run: (run.order, run.seed),
+    }
+    for what, group in groups.items():
+        first: dict[Hashable, FinishedRun] = {}
+        for run, fact in facts.items():
+            if _names(what, run.variant) or not fact[what]:
+                continue
+            other = first.setdefault(group(run), run)
+            if fact[what] != facts[other][what]:
+                raise RunError(
+                    f"{run.directory} and {other.directory} had other {what} ({fact[what]} and {facts[other][what]}), "
+                    f"so they cannot be compared; delete the one that is out of date and give the command again."
+                )
+
+
+def _but_for(what: str, variants: Sequence[Variant]) -> str:
+    named = [variant.label for variant in variants if _names(what, variant)]
+    return f", but for {', '.join(named)}" if named else ""
+
+
+def _names(what: str, variant: Variant) -> bool:
+    return any(key.startswith(_EXEMPT[what]) for key in variant.settings)
 
 
 def _facts(directory: Path) -> dict[str, Any]:
@@ -54,19 +88,9 @@ def _facts(directory: Path) -> dict[str, Any]:
         "base model": environment.get("base"),
         "data": {task["name"]: task.get("fingerprint") for task in tasks},
         "optimiser steps": sum(cost["n_steps"] for cost in _read(directory / COSTS_FILE)["tasks"]),
+        # None where the method keeps no samples.
         "replay samples": {memory["task"]: memory["n_samples"] for memory in memories},
-        "replay ratio": _read(directory / "method.json")["config"]["replay_ratio"],
     }
-
-
-def _refuse_difference(what: str, values: dict[Variant, Any]) -> None:
-    for variant, value in values.items():
-        other, first = next(iter(values.items()))
-        if value != first:
-            raise RunError(
-                f"{variant.label} had other {what} than {other.label} ({value} and {first}), so they cannot be "
-                f"compared; delete the older of the two runs and give the command again."
-            )
 
 
 def _read(path: Path) -> Any:

@@ -29,7 +29,7 @@ class Variant:
     @property
     def slug(self) -> str:
         """The label as a folder name."""
-        return re.sub(r"[^A-Za-z0-9._]+", "-", self.label).strip("-.") or "variant"
+        return re.sub(r"[^\w.]+", "-", self.label).strip("-.") or "variant"
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,10 @@ def plan_comparison(
     problems = [f"seed {seed!r} must be a whole number of at least 0." for seed in seeds if not _is_seed(seed)]
     if not seeds or len(set(seeds)) < len(seeds):
         problems.append(f"the seeds are {seeds}; give one or more different ones.")
-    baseline = section.baseline or next((v.label for v in variants if v.label == "replay"), None)
-    if section.baseline and section.baseline not in [variant.label for variant in variants]:
-        if methods is None:
-            problems.append(f"compare.baseline {baseline!r} is none of the variants {_labels(variants)}.")
-        baseline = None
+    labels = [variant.label for variant in variants]
+    if methods is None and section.baseline and section.baseline not in labels:
+        problems.append(f"compare.baseline {section.baseline!r} is none of the variants {_labels(variants)}.")
+    baseline = next((label for label in (section.baseline, "replay") if label in labels), None)
     if problems:
         raise ConfigError(problems)
     jobs = [
@@ -122,14 +121,24 @@ def _variants(recipe: Recipe, section: CompareSection, methods: Sequence[str] | 
         if label not in section.variants and label not in known
     ]
     problems += [
-        f"compare.variants: {label!r} has a comma, which --methods takes apart; leave it out."
+        f"compare.variants: the label {label!r} must be one line without commas, which --methods takes apart, and "
+        f"without blanks around it."
         for label in labels
-        if "," in label
+        if "," in label or label != label.strip() or len(label.splitlines()) != 1
     ]
     if len(set(labels)) < len(labels):
         problems.append(f"the variants {', '.join(labels)} name one twice; name each once.")
     if problems:
         raise ConfigError(problems)
+    unclear = [
+        f"compare.variants: {label!r} has the key {key!r}; write single keys of the recipe with dots, such as "
+        f"method.head_choice."
+        for label in labels
+        for key in section.variants.get(label, {})
+        if ("." not in key.strip(".") and key not in _SET_BY_THE_COMPARISON) or key.startswith("compare.")
+    ]
+    if unclear:
+        raise ConfigError(unclear)
     taken = {
         f"compare.variants: {label!r} sets {key}, which the comparison sets itself; use compare.seeds, compare.orders, "
         f"or output_dir of the recipe."
@@ -142,12 +151,19 @@ def _variants(recipe: Recipe, section: CompareSection, methods: Sequence[str] | 
     variants = []
     for label in labels:
         settings = dict(section.variants.get(label, {"method.name": label}))
-        method = get_method(settings.get("method.name", recipe.method_name))
-        mode = settings.get("adapter.mode", recipe.adapter.mode)
-        if mode not in method.adapter_modes:
-            settings["adapter.mode"] = method.adapter_modes[0]
+        name = settings.get("method.name", recipe.method_name)
+        # An unknown one is refused with the rest of its recipe.
+        modes = get_method(name).adapter_modes if name in known else ()
+        if modes and "adapter.mode" in settings and settings["adapter.mode"] not in modes:
+            raise ConfigError(
+                f"compare.variants: {label!r} sets adapter.mode {settings['adapter.mode']!r}, but method {name!r} "
+                f"needs {' or '.join(modes)}; leave it out."
+            )
+        if modes and settings.get("adapter.mode", recipe.adapter.mode) not in modes:
+            settings["adapter.mode"] = modes[0]
         variants.append(Variant(label, settings))
-    slugs = [variant.slug for variant in variants]
+    # Where capital letters do not count in file names, they must not tell two folders apart.
+    slugs = [variant.slug.casefold() for variant in variants]
     if len(set(slugs)) < len(slugs):
         raise ConfigError(f"the labels {_labels(variants)} give the same folder name twice; rename one.")
     return variants
@@ -170,6 +186,8 @@ def _orders(own: list[str], orders: int | Sequence[Sequence[str]]) -> list[list[
             )
         return found
     found = [list(order) for order in orders]
+    if len({tuple(order) for order in found}) < len(found):
+        raise ConfigError(f"the orders {found} have one twice, whose runs would count as others; name each once.")
     wrong = [order for order in found if sorted(order) != sorted(own)]
     if wrong:
         raise ConfigError(
@@ -183,17 +201,28 @@ def _job(recipe: Recipe, variant: Variant, number: int, order: list[str], own: l
     mapping.pop("compare", None)
     mapping["tasks"]["order"] = order
     if recipe.tasks.epochs is not None:
+        if len(recipe.tasks.epochs) != len(own):
+            raise ConfigError(
+                f"tasks.epochs has {len(recipe.tasks.epochs)} numbers for {len(own)} tasks; give one for each."
+            )
         epochs = dict(zip(own, recipe.tasks.epochs, strict=True))
         mapping["tasks"]["epochs"] = [epochs[name] for name in order]
     # The run's seed is the method's, unless the recipe says otherwise.
     mapping["seed"] = seed
     runs = Path(recipe.compare.runs_dir or Path(recipe.output_dir) / "runs")
     mapping["output_dir"] = str(runs / variant.slug / f"order{number}-seed{seed}")
-    settings = [f"{key}={json.dumps(value)}" for key, value in variant.settings.items()]
+    settings = [
+        f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in variant.settings.items()
+    ]
     try:
         return Job(variant, number, seed, load_recipe(mapping, settings))
     except ConfigError as error:
         raise ConfigError([f"variant {variant.label!r}: {problem}" for problem in error.problems]) from None
+
+
+def _as_yaml(value: Any) -> str:
+    # JSON is YAML, on one line.
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _labels(variants: list[Variant]) -> str:

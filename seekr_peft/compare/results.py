@@ -19,7 +19,7 @@ from ..costs import COSTS_FILE
 from ..evaluation import FORMULAS, AccuracyMatrix
 from ..methods import get_method
 from ..run import is_finished
-from .checks import SAME, check_comparable
+from .checks import FinishedRun, check_comparable, what_is_the_same
 from .plan import Job, Plan, Variant
 from .statistics import TEST_ASSUMPTION, TEST_NAME, PairedDifference, Spread
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 JSON_FILE, TABLE_FILE, CSV_FILE, RUNS_FILE = "comparison.json", "comparison.md", "comparison.csv", "runs.csv"
 GAP_FORMULA = "gap closed = (OP - OP[baseline]) / (OP[multitask] - OP[baseline])"
+SMALLEST_GAP = 0.01
+"""Of OP: below a point there is no gap to speak of."""
+
 _NOT_IN_THE_TERMINAL = ("learnt", "wins", "MB a step", "kept kB")
 _COSTS = ("n_steps", "train_seconds", "other_seconds", "evaluate_seconds", "kept_bytes")
 
@@ -80,6 +83,7 @@ class Comparison:
     curve: str | None
     orders: list[list[str]]
     seeds: list[int]
+    same: list[str]
     variants: list[VariantFigures]
     runs: list[RunFigures]
 
@@ -94,7 +98,6 @@ class Comparison:
             **dataclasses.asdict(self),
             "test": {"name": TEST_NAME, "assumption": TEST_ASSUMPTION},
             "formulas": {"op": FORMULAS["op"], "bwt": FORMULAS["bwt"], "gap_closed": GAP_FORMULA},
-            "same": list(SAME),
         }
 
     def test_sentence(self) -> str:
@@ -109,15 +112,16 @@ class Comparison:
         """Title, table, and what its columns mean."""
         rows = self.rows()
         names = list(rows[0])
-        lines = [f"| {' | '.join(names)} |", f"|{'|'.join('---' if n == 'variant' else '---:' for n in names)}|"]
-        lines += [f"| {' | '.join(row[name].replace('|', '/') for name in names)} |" for row in rows]
+        rule = ["---" if name == "variant" else "---:" for name in names]
+        cells = [names, rule, *([row[name] for name in names] for row in rows)]
+        lines = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in cells]
         seeds, orders = ", ".join(map(str, self.seeds)), len(self.orders)
         notes = [
             f"Scores in %, mean ± standard deviation over n runs (seeds {seeds}; {orders} order{'s' * (orders > 1)}).",
             f"{FORMULAS['op']}. {FORMULAS['bwt']}. learnt: mean score of each task right after its own training.",
             *([f"{GAP_FORMULA}, of the means."] if "gap closed" in names else []),
             *([self.test_sentence()] if self.baseline else []),
-            f"The same for all: {'; '.join(SAME)}.",
+            f"The same for all: {'; '.join(self.same)}.",
         ]
         return "\n".join([f"# {self.title}", "", *lines, "", *notes, "", f"    {self.command}", ""])
 
@@ -152,12 +156,12 @@ class Comparison:
             difference = variant.against_baseline
             row[f"OP - {self.baseline}"] = _percent(difference, signed=True)
             row["wins"] = f"{difference.wins}/{difference.n}" if difference else ""
-            row["p"] = f"{difference.p:.3f}" if difference and difference.p is not None else ""
+            row["p"] = _p(difference.p if difference else None)
         if any(other.gap_closed is not None for other in self.variants):
             row["gap closed"] = "" if variant.gap_closed is None else f"{100 * variant.gap_closed:.0f} %"
         cost = variant.cost
         row["ms a step"] = f"{1000 * cost['step_seconds']:.0f}" if cost else ""
-        row["MB a step"] = f"{cost['step_peak_bytes'] / 1e6:.1f}" if cost else ""
+        row["MB a step"] = f"{cost['step_peak_bytes'] / 1e6:.1f}" if cost and cost["step_peak_bytes"] else ""
         row["kept kB"] = f"{cost['kept_bytes'] / 1e3:.0f}" if cost else ""
         return row
 
@@ -165,11 +169,7 @@ class Comparison:
 def read_comparison(plan: Plan, command: str = "") -> Comparison:
     """Gather the finished runs of ``plan``; RunError when two of one order and seed are not comparable."""
     finished = [job for job in plan.jobs if is_finished(job.directory)]
-    groups: dict[tuple[int, int], dict[Variant, Path]] = {}
-    for job in finished:
-        groups.setdefault((job.order, job.seed), {})[job.variant] = job.directory
-    for directories in groups.values():
-        check_comparable(directories)
+    check_comparable([FinishedRun(job.variant, job.order, job.seed, job.directory) for job in finished])
     runs = [_run_figures(job, plan.directory) for job in finished]
     return Comparison(
         title=plan.recipe.compare.title or "Methods side by side",
@@ -178,6 +178,7 @@ def read_comparison(plan: Plan, command: str = "") -> Comparison:
         curve=plan.recipe.compare.curve,
         orders=plan.orders,
         seeds=plan.seeds,
+        same=what_is_the_same(plan.variants),
         variants=[_variant_figures(variant, plan, runs) for variant in plan.variants],
         runs=runs,
     )
@@ -198,7 +199,8 @@ def _run_figures(job: Job, root: Path) -> RunFigures:
     known = [score for score in own if score is not None]
     costs = json.loads((job.directory / COSTS_FILE).read_text(encoding="utf-8"))["tasks"]
     cost = {name: sum(task[name] for task in costs) for name in _COSTS}
-    cost["step_seconds"] = cost["train_seconds"] / max(1, cost["n_steps"])
+    timed = sum(task["step_seconds"] * task["n_steps"] for task in costs)
+    cost["step_seconds"] = timed / max(1, cost["n_steps"])
     cost["step_peak_bytes"] = max(task["step_peak_bytes"] for task in costs)
     return RunFigures(
         variant=job.variant.label,
@@ -247,17 +249,23 @@ def _upper_bound(plan: Plan, runs: list[RunFigures]) -> dict[tuple[int, int], fl
 def _gap_closed(
     own: list[RunFigures], base: dict[tuple[int, int], float], upper: dict[tuple[int, int], float]
 ) -> float | None:
-    """Of the means over the orders and seeds that all three have; None where the gap is not above zero."""
+    """Of the means over the orders and seeds that all three have; None where the gap is below a point."""
     common = [run for run in own if run.pair in base and run.pair in upper]
     if not common:
         return None
     low = statistics.fmean(base[run.pair] for run in common)
     gap = statistics.fmean(upper[run.pair] for run in common) - low
-    return (statistics.fmean(run.op for run in common) - low) / gap if gap > 0 else None
+    return (statistics.fmean(run.op for run in common) - low) / gap if gap >= SMALLEST_GAP else None
 
 
 def _spread(values: list[float]) -> Spread | None:
     return Spread.of(values) if values else None
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _percent(value: Spread | PairedDifference | None, signed: bool = False) -> str:

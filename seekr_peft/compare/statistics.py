@@ -47,6 +47,8 @@ class PairedDifference:
     @classmethod
     def of(cls, differences: Sequence[float]) -> PairedDifference:
         """Of at least one difference."""
+        # Means of the same right answers may differ in their last bits.
+        differences = [round(difference, 12) for difference in differences]
         spread = Spread.of(differences)
         p = sign_flip_p(differences) if len(differences) > 1 else None
         return cls(len(differences), spread.mean, spread.sd, sum(d > 0 for d in differences), p)
@@ -58,6 +60,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     Fisher's randomisation test for paired data (The Design of Experiments, 1935, section 21). With n pairs it cannot
     fall below 2 / 2^n: 0.25 for three, 0.03 for six.
     """
+    # A pair without a difference has none of either sign; it says nothing.
+    differences = [d for d in differences if d != 0]
     if len(differences) > MOST_EXACT_PAIRS:
         return _normal_p(differences)
     observed = abs(math.fsum(differences))
@@ -73,4 +77,4 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 def _normal_p(differences: Sequence[float]) -> float:
     """The same by its normal limit: under random signs the sum has variance sum of d^2."""
     scale = math.sqrt(math.fsum(d * d for d in differences))
-    return 1.0 if scale == 0 else math.erfc(abs(math.fsum(differences)) / scale / math.sqrt(2))
+    return math.erfc(abs(math.fsum(differences)) / scale / math.sqrt(2))

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..compare import Variant, check_comparable
+from ..compare import FinishedRun, Variant, check_comparable
 from ..errors import RunError
 from ..report import write_comparison
 from ..run import RunResult, run_recipe
@@ -63,7 +63,7 @@ def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> P
         results = _run_methods(directory, console)
     finally:
         torch.set_num_threads(n_threads)
-    check_comparable({Variant(method, {"method.name": method}): result.directory for method, result in results.items()})
+    check_comparable([FinishedRun(Variant(method, {}), 1, 0, result.directory) for method, result in results.items()])
     page = write_comparison(
         {method: result.directory for method, result in results.items()},
         directory,

@@ -39,12 +39,12 @@ class Lwf(ContinualMethod):
 
     def before_training(self, replay_from: Any) -> None:
         """Every sample of the task may be drawn."""
-        if self.task_names:
+        if self._has_teacher():
             samples = choose_samples(replay_from, 1.0, 1, self.config.seed)
             self._stream = self._batches(samples, self.config.seed + len(self.task_names))
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
-        self.rhythm = Rhythm((self.config.replay_every or 1) if self.task_names else 0)
+        self.rhythm = Rhythm((self.config.replay_every or 1) if self._has_teacher() else 0)
 
     def replay_due(self, step: int) -> bool:
         return self.rhythm.due(step)
@@ -59,6 +59,10 @@ class Lwf(ContinualMethod):
         student, _ = answer_logits(model, *inputs)
         divergence = softened_kl(student, teacher, self.config.lwf_temperature)
         yield ReplayTerms(self.config.lwf_lambda * divergence, logits=divergence)
+
+    def _has_teacher(self) -> bool:
+        """Whether there is anything to keep: an earlier task, or an adapter that the model brought along."""
+        return bool(self.task_names) or self.stack.adopted
 
     def _batches(self, samples: list[ReplaySample], seed: int) -> Iterator[ReplayBatch]:
         """Batches without end in a seeded order, reshuffled each pass."""

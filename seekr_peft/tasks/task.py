@@ -191,11 +191,12 @@ class Task:
         return prompt_room_of(tokenizer, list(self.train["prompt"]), list(self.train["answer"]), max_length)
 
     def fingerprint(self) -> str:
-        """SHA-256 over prompts and answers of both splits, in order: the same data, the same text."""
+        """SHA-256 over the texts of both splits, in order: the same data, the same fingerprint."""
         digest = hashlib.sha256(self.metric.encode())
         for split in (self.train, self.test):
-            for column in ("prompt", "answer"):
-                digest.update(json.dumps(list(split[column])).encode())
+            for column in ("prompt", "answer", "instruction"):
+                texts = list(split[column]) if column in split.column_names else []
+                digest.update(json.dumps(texts).encode())
         return digest.hexdigest()
 
 
