@@ -206,7 +206,7 @@ def draw(pairs: list[dict[str, Any]]) -> Figure:
                     _ranks(x) / len(x), _ranks(y) / len(y), ".", color=OKABE_ITO[place % 6], alpha=0.35, markersize=4
                 )
             mean, p = permutation_p([(np.ravel(pair[score]), np.ravel(pair["regained"])) for pair in pairs])
-            axes.set_title(f"{score}\nmean rank correlation {mean:+.2f} (p = {p:.4f})")
+            axes.set_title(f"{score}\nmean correlation {mean:+.2f} (p = {p:.4f})", size=8)
             axes.set_xlabel("rank of the head's score")
         panels[0].set_ylabel("rank of the loss that its\nold attention brings back")
     return figure

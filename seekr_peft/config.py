@@ -46,9 +46,10 @@ class SeekrConfig:
     lambda1: float = 0.5
     """Weight of the labels against the teacher's logits in the replay step, in [0, 1]. Paper: 0.5."""
 
-    lambda2: float = 100.0
+    lambda2: float = 1.0
     """Weight of the attention loss (nats). Paper: 1e3 at a replay ratio of 1 %, 1e2 at 10 %, for training all the
-    weights of a 7B model; with stacked adapters on small models 0.3 to 1e3 did alike (README)."""
+    weights of a 7B model. With stacked adapters on small models 100 and more kept one task in some sequences from
+    being learnt at all, and 1 was best over two orders and eight seeds (docs/experiments.md)."""
 
     head_choice: HeadChoice = "importance"
     """What ranks the heads: the paper's importance, one of its two factors, "random" (seeded), or "all" heads."""

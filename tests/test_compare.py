@@ -302,6 +302,20 @@ def test_a_mistake_that_shows_only_in_the_run_names_it_and_can_be_mended(tmp_pat
     assert [variant.n for variant in quietly(source, seeds=[0], orders=1).variants] == [1, 1]
 
 
+@pytest.mark.slow
+def test_tasks_of_several_formats_are_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "data" / "jsonl" / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            line = json.dumps({"prompt": f"word one {name} =", "answer": "apple"}) + "\n"
+            (tmp_path / "data" / "jsonl" / name / f"{split}.jsonl").write_text(line * 8)
+    source = recipe(tmp_path / "out", orders=1)
+    source["tasks"] = {"format": "mixed", "path": str(tmp_path / "data"), "order": ["jsonl/a", "jsonl/b"]}
+    comparison = quietly(source, methods=["replay"], seeds=[0])
+    assert comparison.orders == [["a", "b"]] and comparison.variant("replay").n == 1
+    assert (tmp_path / "out" / "comparison.html").is_file()
+
+
 def test_an_output_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match=r"output_dir .*file cannot be made"):

@@ -176,7 +176,8 @@ def read_comparison(plan: Plan, command: str = "") -> Comparison:
         command=command,
         baseline=plan.baseline,
         curve=plan.recipe.compare.curve,
-        orders=plan.orders,
+        # By the names that the tasks have in their runs: without the FORMAT/ of mixed tasks.
+        orders=[[name.rpartition("/")[2] for name in order] for order in plan.orders],
         seeds=plan.seeds,
         same=what_is_the_same(plan.variants),
         variants=[_variant_figures(variant, plan, runs) for variant in plan.variants],
