@@ -335,7 +335,11 @@ class _Run:
 
     def _check_base_and_data(self, base: str, tasks: list[Task], trained: int) -> None:
         """RunError when a resumed run would go on with another base or other samples than it began with."""
-        facts = json.loads((self.directory / TASKS_FILE).read_text(encoding="utf-8")) if trained else []
+        path = self.directory / TASKS_FILE
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8")) if trained else []
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is broken ({error}); start the run again in another output_dir.") from error
         before = {fact["name"]: fact.get("fingerprint") for fact in facts}
         changed = [f"the data of task {task.name}" for task in tasks if before.get(task.name, "") != task.fingerprint()]
         changed = changed if trained else []

@@ -286,9 +286,10 @@ def test_what_another_process_has_finished_meanwhile_is_taken(tmp_path: Path, mo
         return run_recipe(job, **options)
 
     monkeypatch.setattr(compare_module, "run_recipe", run)
-    console = Console(file=io.StringIO(), width=200)
+    said = io.StringIO()
+    console = Console(file=said, width=200)
     comparison = compare(source, methods=["replay"], seeds=[0], orders=1, console=console)
-    assert comparison.variant("replay").n == 1 and "another process" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert comparison.variant("replay").n == 1 and "another process" not in said.getvalue()
 
 
 @pytest.mark.slow

@@ -353,10 +353,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, str]:
     """A run that was never stopped and what it printed; tests only read it."""
-    console = Console(file=io.StringIO(), width=300)
+    said = io.StringIO()
     directory = tmp_path_factory.mktemp("run") / "run"
-    run_recipe(general_recipe(directory, data), console=console)
-    return directory, console.file.getvalue()  # type: ignore[attr-defined]
+    run_recipe(general_recipe(directory, data), console=Console(file=said, width=300))
+    return directory, said.getvalue()
 
 
 def test_a_run_measures_the_base_and_after_every_task(finished: tuple[Path, str], data: Path) -> None:

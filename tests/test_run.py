@@ -599,6 +599,11 @@ def test_a_run_does_not_go_on_with_another_base_or_other_data(
         patch.setattr(run_module, "load_tasks", lambda recipe: [other[0], tasks[1]])
         with pytest.raises(RunError, match="cannot go on: the data of task first changed"):
             run(recipe, resume=True)
+    whole = (tmp_path / "run" / "tasks.json").read_text()
+    (tmp_path / "run" / "tasks.json").write_text(whole[:20])
+    with pytest.raises(RunError, match=r"tasks\.json is broken"):
+        run(recipe, resume=True)
+    (tmp_path / "run" / "tasks.json").write_text(whole)
     assert run(recipe, resume=True).matrix.op() >= 0
 
 
