@@ -1,17 +1,19 @@
-"""What a task costs: seconds, the memory of a step, the bytes that are kept. May import ``peak_memory``."""
+"""What a task costs: seconds, the memory of a step, the bytes kept. May import ``peak_memory`` and ``errors``."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from .errors import RunError
 from .peak_memory import PeakMemory
 
 COSTS_FILE = "costs.json"
@@ -40,6 +42,19 @@ class TaskCost:
     def to_json(self) -> dict[str, Any]:
         """Plain values, seconds to the millisecond."""
         return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def read_costs(run_directory: Path) -> list[TaskCost]:
+    """The costs of a run's tasks; RunError when the file is missing, damaged or of another version."""
+    path = run_directory / COSTS_FILE
+    names = {field.name for field in fields(TaskCost)}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        if any(set(record) != names for record in records):
+            raise ValueError(f"each task must have {', '.join(sorted(names))}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path} cannot be read ({error}); delete the run's folder to run it again.") from error
+    return [TaskCost(**record) for record in records]
 
 
 class StepMeter(TrainerCallback):

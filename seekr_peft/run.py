@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from transformers import TrainingArguments, set_seed
 
-from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, seconds_into
+from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, read_costs, seconds_into
 from .errors import ConfigError, RunError, RunInUseError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room
@@ -354,9 +354,9 @@ class _Run:
 
     def _read_costs(self, stages: list[Stage], method: ContinualMethod) -> None:
         """Those of the trained stages; of one that a kill left unwritten the seconds and the peak are lost."""
-        records = _read_json(self.directory / COSTS_FILE).get("tasks", [])[: len(stages)]
-        self.costs = [TaskCost(**record) for record in records]
-        for index in range(len(records), len(stages)):
+        written = (self.directory / COSTS_FILE).is_file()
+        self.costs = read_costs(self.directory)[: len(stages)] if written else []
+        for index in range(len(self.costs), len(stages)):
             name = stages[index].name
             steps = _last_steps(self.directory / METRICS_FILE).get(index, 0)
             self.costs.append(TaskCost(name, steps, kept_bytes=kept_bytes(method.task_directory(index, name))))

@@ -20,6 +20,7 @@ import seekr_peft.compare as compare_module
 from seekr_peft.compare import FinishedRun, Variant, check_comparable, compare, plan_comparison
 from seekr_peft.compare.checks import what_is_the_same
 from seekr_peft.compare.statistics import PairedDifference, Spread, sign_flip_p
+from seekr_peft.costs import TaskCost
 from seekr_peft.errors import ConfigError, RunError, RunInUseError
 from seekr_peft.run import run_recipe
 
@@ -339,7 +340,7 @@ def fake_run(directory: Path, **changed: Any) -> Path:
     files = {
         "environment.json": {"base": facts["base"]},
         "tasks.json": [{"name": "first", "fingerprint": facts["fingerprint"]}],
-        "costs.json": {"tasks": [{"n_steps": facts["n_steps"]}]},
+        "costs.json": {"tasks": [TaskCost("first", facts["n_steps"]).to_json()]},
         "tasks/01-first/memory.json": {"task": "first", "n_samples": facts["n_samples"]},
     }
     for name, content in files.items():
@@ -390,6 +391,11 @@ def test_what_a_variant_names_may_differ_and_is_said(tmp_path: Path) -> None:
     same = what_is_the_same([run.variant for run in runs])
     assert same[0].endswith("but for base") and same[1].endswith("but for fewer")
     assert same[2].endswith("but for steps, fewer") and same[3].endswith("but for ratio, fewer")
-    (tmp_path / "one" / "costs.json").write_text("{")
-    with pytest.raises(RunError, match=r"costs\.json cannot be read"):
-        check_comparable(runs)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tasks": [{"n_steps": 6}]}', '{"tasks": [6]}'])
+def test_costs_that_are_cut_off_or_of_another_version_are_one_sentence(content: str, tmp_path: Path) -> None:
+    run = FinishedRun(Variant("one", {}), 1, 0, fake_run(tmp_path / "one"))
+    (tmp_path / "one" / "costs.json").write_text(content)
+    with pytest.raises(RunError, match=r"one/costs\.json cannot be read \(.+\); delete the run's folder"):
+        check_comparable([run])

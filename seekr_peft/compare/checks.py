@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..costs import COSTS_FILE
+from ..costs import read_costs
 from ..errors import RunError
 from ..run import ENVIRONMENT_FILE, TASKS_FILE
 from .plan import Variant
@@ -87,7 +87,7 @@ def _facts(directory: Path) -> dict[str, Any]:
     return {
         "base model": environment.get("base"),
         "data": {task["name"]: task.get("fingerprint") for task in tasks},
-        "optimiser steps": sum(cost["n_steps"] for cost in _read(directory / COSTS_FILE)["tasks"]),
+        "optimiser steps": sum(cost.n_steps for cost in read_costs(directory)),
         # None where the method keeps no samples.
         "replay samples": {memory["task"]: memory["n_samples"] for memory in memories},
     }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..costs import COSTS_FILE
+from ..costs import read_costs
 from ..evaluation import FORMULAS, AccuracyMatrix
 from ..methods import get_method
 from ..run import is_finished
@@ -198,11 +198,10 @@ def _run_figures(job: Job, root: Path) -> RunFigures:
     figures = matrix.to_dict()
     own = [matrix.score(after=name, on=name) for name in matrix.task_names]
     known = [score for score in own if score is not None]
-    costs = json.loads((job.directory / COSTS_FILE).read_text(encoding="utf-8"))["tasks"]
-    cost = {name: sum(task[name] for task in costs) for name in _COSTS}
-    timed = sum(task["step_seconds"] * task["n_steps"] for task in costs)
-    cost["step_seconds"] = timed / max(1, cost["n_steps"])
-    cost["step_peak_bytes"] = max(task["step_peak_bytes"] for task in costs)
+    costs = read_costs(job.directory)
+    cost: dict[str, float] = {name: sum(getattr(task, name) for task in costs) for name in _COSTS}
+    cost["step_seconds"] = sum(task.step_seconds * task.n_steps for task in costs) / max(1, cost["n_steps"])
+    cost["step_peak_bytes"] = max(task.step_peak_bytes for task in costs)
     return RunFigures(
         variant=job.variant.label,
         order=job.order,
