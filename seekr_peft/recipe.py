@@ -39,6 +39,16 @@ _SET_BY_THE_RUN = {
     "push_to_hub": "seekr-peft export",
 }
 _CHECKPOINTING_OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+_PLAIN_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+_NEEDS_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 _POSITIVE = (
     "learning_rate",
     "num_train_epochs",
@@ -361,7 +371,28 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
                 f"training.{key}: use_reentrant must be false, got {value['use_reentrant']!r}; under reentrant "
                 f"checkpointing a captured attention has no gradient."
             )
-    return problems
+    return problems or _scheduler_problems(training)
+
+
+def _scheduler_problems(training: dict[str, Any]) -> list[str]:
+    """By making the scheduler: which keywords one takes and needs is only in its function."""
+    name, keywords = training.get("lr_scheduler_type"), training.get("lr_scheduler_kwargs")
+    if name in _NEEDS_A_METRIC:
+        return [f"training.lr_scheduler_type {name!r} needs a metric during training, which is not taken; try cosine."]
+    if not keywords and name in (None, *_PLAIN_SCHEDULERS):
+        return []
+    if keywords is not None and not isinstance(keywords, dict):
+        return [f"training.lr_scheduler_kwargs must be a mapping, got {keywords!r}."]
+    # Seconds, and only for a recipe that asks for such a scheduler.
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(name or "linear", optimizer, 1, 2, scheduler_specific_kwargs=keywords)
+    except (TypeError, ValueError) as error:
+        return [f"training.lr_scheduler_kwargs {keywords!r} do not fit {name or 'linear'}: {error}"]
+    return []
 
 
 def _is_whole(field: Setting) -> bool:

@@ -18,6 +18,7 @@ from seekr_peft import cli
 from seekr_peft.compare import plan_comparison
 from seekr_peft.demo.run import demo_recipe
 from seekr_peft.errors import ConfigError
+from seekr_peft.library_settings import training_choices
 from seekr_peft.recipe import Recipe, general_tests, load_recipe, save_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
@@ -210,6 +211,43 @@ def test_a_choice_of_transformers_is_checked_before_the_run(key: str, value: str
     assert message.startswith(f"training.{key} must be one of ") and f" {one}," in message + ","
     assert message.endswith(f"got {value!r}.")
     assert load_recipe(recipe(training={key: one})).training == {key: one}
+
+
+@pytest.mark.parametrize("name", training_choices()["lr_scheduler_type"])
+def test_a_scheduler_is_taken_if_transformers_can_make_it(name: str) -> None:
+    from torch import optim, zeros
+    from transformers import TrainingArguments, get_scheduler
+
+    refused = None
+    try:
+        arguments = TrainingArguments(lr_scheduler_type=name)
+        get_scheduler(name, optim.SGD([zeros(1)]), 1, 2, dict(arguments.lr_scheduler_kwargs or {}))
+    except (TypeError, ValueError) as error:
+        refused = str(error)
+    if refused is None:
+        load_recipe(recipe(training={"lr_scheduler_type": name}))
+        return
+    (message,) = problems(recipe(training={"lr_scheduler_type": name}))
+    assert name in message and ("metric" in message or refused in message)
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "said"),
+    [
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}, None),
+        ("warmup_stable_decay", {"num_decay_steps": 5}, None),
+        ("warmup_stable_decay", {"num_decay_step": 5}, "num_decay_step"),
+        ("linear", {"min_lr": 0.1}, "min_lr"),
+        ("cosine", [1], "must be a mapping"),
+    ],
+)
+def test_a_schedulers_keywords_are_checked_before_the_run(name: str, keywords: Any, said: str | None) -> None:
+    training = {"lr_scheduler_type": name, "lr_scheduler_kwargs": keywords}
+    if said is None:
+        assert load_recipe(recipe(training=training)).training == training
+    else:
+        (message,) = problems(recipe(training=training))
+        assert message.startswith("training.lr_scheduler_kwargs") and said in message
 
 
 def test_an_unknown_task_format_is_named_even_without_a_path() -> None:
