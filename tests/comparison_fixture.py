@@ -49,7 +49,8 @@ def build_comparison(
             wins = sum(difference > 0 for difference in differences)
             row["against_baseline"] = {**_spread(differences), "n": len(differences), "wins": wins, "p": 0.125}
     content = {
-        "title": "Random heads", "command": "seekr-peft compare recipe.yaml", "baseline": baseline, "orders": orders,
+        "title": "Random heads", "command": "seekr-peft compare recipe.yaml",
+        "answer": "Is random worth it? Not shown: <chance>.", "baseline": baseline, "orders": orders,
         "seeds": list(seeds), "curve": curve, "variants": rows, "runs": runs, "same": ["base model", "data"],
         "test": {"name": "exact paired sign-flip test", "assumption": "Differences are as likely up as down."},
     }  # fmt: skip

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from small_run import TASKS, read_json, small_recipe
 
 import seekr_peft.compare as compare_module
 from seekr_peft.compare import FinishedRun, Variant, check_comparable, compare, plan_comparison
+from seekr_peft.compare.answer import answer
 from seekr_peft.compare.checks import what_is_the_same
+from seekr_peft.compare.results import VariantFigures
 from seekr_peft.compare.statistics import PairedDifference, Spread, sign_flip_p
 from seekr_peft.costs import TaskCost
 from seekr_peft.errors import ConfigError, RunError, RunInUseError
@@ -204,6 +207,8 @@ def test_the_files_say_the_same(compared: Any) -> None:
     directory, comparison = compared
     stored = read_json(directory / "comparison.json")
     assert stored == json.loads(json.dumps(comparison.to_dict()))
+    assert comparison.subject == "random heads" and stored["answer"].startswith("Is random heads worth it? Not shown: ")
+    assert stored["answer"] in (directory / "comparison.md").read_text()
     assert stored["same"] and "sign" in stored["test"]["assumption"]
     with (directory / "comparison.csv").open() as file:
         rows = {row["label"]: row for row in csv.DictReader(file)}
@@ -330,6 +335,70 @@ def test_epochs_that_do_not_fit_the_tasks_of_the_folder_are_refused(tmp_path: Pa
     source["tasks"]["epochs"] = [1, 2]
     with pytest.raises(ConfigError, match=r"tasks\.epochs has 2 numbers for 4 tasks"):
         plan_comparison(source)
+
+
+# The answer -------------------------------------------------------------------------------------------------------
+
+
+def figures(label: str, differences: list[float], gap: float | None = None, cost: bool = True) -> VariantFigures:
+    return VariantFigures(
+        label=label,
+        method="seekr",
+        settings={},
+        n=6,
+        planned=6,
+        op=None,
+        bwt=None,
+        learnt=None,
+        cost={"step_seconds": 0.05, "kept_bytes": 4000.0} if cost else None,
+        against_baseline=PairedDifference.of(differences) if differences else None,
+        gap_closed=gap,
+    )
+
+
+@pytest.mark.parametrize(
+    ("differences", "gap", "expected"),
+    [
+        (
+            [0.2, 0.1, 0.15, 0.05, 0.1, 0.3],
+            0.57,
+            "Is seekr worth it? Yes: it ends 15.0 OP above replay and is ahead in 6 of 6 pairs of runs (p = 0.031). It "
+            "closes 57 % of the gap to training all tasks at once.",
+        ),
+        (
+            [-0.2, -0.1, -0.15, -0.05, -0.1, -0.3],
+            -0.5,
+            "Is seekr worth it? No: it ends 15.0 OP below replay and is ahead in 0 of 6 pairs of runs (p = 0.031).",
+        ),
+        (
+            [0.2, -0.1, 0.15, -0.05, 0.1, 0.3],
+            None,
+            "Is seekr worth it? Not shown: it ends 10.0 OP above replay and is ahead in 4 of 6 pairs of runs "
+            "(p = 0.219). That may be chance; more seeds or orders would tell.",
+        ),
+        (
+            [0.2, 0.2, 0.2],
+            None,
+            "Is seekr worth it? Not shown: it ends 20.0 OP above replay and is ahead in 3 of 3 pairs of runs "
+            "(p = 0.250). 3 pairs cannot show it, whatever they are; give more seeds or orders.",
+        ),
+        (
+            [-0.01],
+            None,
+            "Is seekr worth it? Not shown: it ends 1.0 OP below replay in the one pair of runs that there is. One pair "
+            "cannot show it; give more seeds or orders.",
+        ),
+    ],
+)
+def test_the_answer_says_whether_it_is_worth_it(differences: list[float], gap: float | None, expected: str) -> None:
+    cost = " A step takes 2.00 times as long, and 3 kB more are kept."
+    baseline = replace(figures("replay", []), cost={"step_seconds": 0.025, "kept_bytes": 1000.0})
+    assert answer(figures("seekr", differences, gap), baseline) == expected + cost
+    assert answer(figures("seekr", differences, gap, cost=False), baseline) == expected
+
+
+def test_there_is_no_answer_before_there_is_a_pair() -> None:
+    assert answer(figures("seekr", []), figures("replay", [])) == ""
 
 
 # Comparable -------------------------------------------------------------------------------------------------------

@@ -233,6 +233,7 @@ def test_table_has_the_numbers_of_the_file(full: Path, reader: PageReader) -> No
 
 def test_page_says_what_was_run_and_what_is_missing(reader: PageReader) -> None:
     assert "Random heads seekr-peft compare recipe.yaml" in reader.text
+    assert "Is random worth it? Not shown: <chance>." in reader.text
     assert "5 variants, 2 orders of the tasks, 2 seeds (0, 1): 16 of 20 runs are finished." in reader.text
     assert "Runs are missing: derpp has 0 of 4." in reader.text
     assert "The same for all base model data" in reader.text

@@ -1,7 +1,7 @@
 """Several methods side by side on the same base, data, orders, seeds and optimiser steps: ``compare``.
 
-plan.py says which runs there are, checks.py that they are comparable, statistics.py what they say together, and this
-file runs what is missing. May import ``run`` and everything below it.
+plan.py says which runs there are, checks.py that they are comparable, statistics.py what they say together, answer.py
+says it in words, and this file runs what is missing. May import ``run`` and everything below it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def compare(
         raise
     comparison, page = _gather(plan)
     console.print(comparison.to_rich_table())
-    _say(console, comparison.test_sentence())
+    for sentence in filter(None, (comparison.answer(), comparison.test_sentence())):
+        _say(console, sentence)
     _say(console, f"table: {plan.directory / TABLE_FILE}   page: {page}")
     return comparison
 

@@ -19,6 +19,7 @@ from ..costs import read_costs
 from ..evaluation import FORMULAS, AccuracyMatrix
 from ..methods import get_method
 from ..run import is_finished
+from .answer import answer
 from .checks import FinishedRun, check_comparable, what_is_the_same
 from .plan import Job, Plan, Variant
 from .statistics import TEST_ASSUMPTION, TEST_NAME, PairedDifference, Spread
@@ -79,6 +80,7 @@ class Comparison:
 
     title: str
     command: str
+    subject: str | None
     baseline: str | None
     curve: str | None
     orders: list[list[str]]
@@ -96,9 +98,16 @@ class Comparison:
         """Plain values, ready for JSON."""
         return {
             **dataclasses.asdict(self),
+            "answer": self.answer(),
             "test": {"name": TEST_NAME, "assumption": TEST_ASSUMPTION},
             "formulas": {"op": FORMULAS["op"], "bwt": FORMULAS["bwt"], "gap_closed": GAP_FORMULA},
         }
+
+    def answer(self) -> str:
+        """Whether the recipe's own method is worth it, in words; empty without a baseline beside it."""
+        if self.subject is None or self.baseline is None:
+            return ""
+        return answer(self.variant(self.subject), self.variant(self.baseline))
 
     def test_sentence(self) -> str:
         """What the column p means."""
@@ -123,7 +132,8 @@ class Comparison:
             *([self.test_sentence()] if self.baseline else []),
             f"The same for all: {'; '.join(self.same)}.",
         ]
-        return "\n".join([f"# {self.title}", "", *lines, "", *notes, "", f"    {self.command}", ""])
+        answered = [self.answer(), ""] if self.answer() else []
+        return "\n".join([f"# {self.title}", "", *answered, *lines, "", *notes, "", f"    {self.command}", ""])
 
     def to_rich_table(self) -> Table:
         """The table for the terminal, with fewer columns."""
@@ -174,6 +184,7 @@ def read_comparison(plan: Plan, command: str = "") -> Comparison:
     return Comparison(
         title=plan.recipe.compare.title or "Methods side by side",
         command=command,
+        subject=_subject(plan),
         baseline=plan.baseline,
         curve=plan.recipe.compare.curve,
         # By the names that the tasks have in their runs: without the FORMAT/ of mixed tasks.
@@ -234,6 +245,13 @@ def _variant_figures(variant: Variant, plan: Plan, runs: list[RunFigures]) -> Va
         against_baseline=PairedDifference.of(differences) if differences else None,
         gap_closed=_gap_closed(own, base, _upper_bound(plan, runs)),
     )
+
+
+def _subject(plan: Plan) -> str | None:
+    """The variant that the answer is about: the first of the recipe's own method, if it is not the baseline."""
+    own = (variant.label for variant in plan.variants if _method(variant, plan) == plan.recipe.method_name)
+    first = next(own, None)
+    return None if first == plan.baseline else first
 
 
 def _method(variant: Variant, plan: Plan) -> str:

@@ -84,6 +84,7 @@ class Comparison:
     path: Path
     title: str
     command: str
+    answer: str
     baseline: str | None
     orders: list[list[str]]
     seeds: list[int]
@@ -171,6 +172,7 @@ def _comparison(path: Path, content: dict[str, Any]) -> Comparison:
         path=path,
         title=_text(content["title"]),
         command=_text(content["command"]),
+        answer=_text(content["answer"]),
         baseline=None if content["baseline"] is None else _text(content["baseline"]),
         orders=[[str(name) for name in order] for order in content["orders"]],
         seeds=[int(seed) for seed in content["seeds"]],
