@@ -16,6 +16,7 @@ Accumulate = Literal["product_of_sums", "sum_of_products"]
 ReplayStep = Literal["added", "separate"]
 SampleSelection = Literal["random", "first"]
 LayerChoice = Literal["anywhere", "thirds"]
+QueryChoice = Literal["random", "answer"]
 HeadChoice = Literal["importance", "sensitivity", "forgettability", "random", "all"]
 
 
@@ -42,6 +43,10 @@ class SeekrConfig:
 
     query_budget: int | None = 100
     """Attention rows (query positions) per replay sample and head, drawn once. Paper: 100. None keeps all."""
+
+    query_choice: QueryChoice = "random"
+    """Which rows, where ``query_budget`` cannot take all: drawn at "random" (the paper), or first those that the
+    "answer" tokens are predicted from."""
 
     lambda1: float = 0.5
     """Weight of the labels against the teacher's logits in the replay step, in [0, 1]. Paper: 0.5."""

@@ -27,7 +27,7 @@ from .attention.support import attention_modules, head_shape
 from .config import SeekrConfig
 from .errors import ConfigError
 from .forward import evaluation_mode
-from .memory import ReplaySample, draw_queries, estimate_bytes, replay_count
+from .memory import ReplaySample, choose_queries, estimate_bytes, replay_count
 from .methods import ContinualMethod, get_method
 from .modeling import CHECKPOINTING, compute_dtype, resolve_name
 from .peak_memory import PeakMemory
@@ -342,9 +342,8 @@ def _adapter_bytes(recipe: Recipe, model: nn.Module, n_tasks: int) -> tuple[int,
 def _sample(length: int, answers: int, method: SeekrConfig) -> ReplaySample:
     labels = torch.full((length,), -100)
     labels[-answers:] = 1
-    return ReplaySample(
-        torch.ones(length, dtype=torch.long), labels, draw_queries(length, method.query_budget, method.seed)
-    )
+    queries = choose_queries(labels, method.query_budget, method.seed, method.query_choice)
+    return ReplaySample(torch.ones(length, dtype=torch.long), labels, queries)
 
 
 def _sample_bytes(recipe: Recipe, model: Any, method: SeekrConfig, sample: ReplaySample, n_heads: int) -> int:

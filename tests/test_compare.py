@@ -391,7 +391,7 @@ def figures(label: str, differences: list[float], gap: float | None = None, cost
     ],
 )
 def test_the_answer_says_whether_it_is_worth_it(differences: list[float], gap: float | None, expected: str) -> None:
-    cost = " A step takes 2.00 times as long, and 3 kB more are kept."
+    cost = " A step took 2.00 times as long (other work on the machine counts), and 3 kB more are kept."
     baseline = replace(figures("replay", []), cost={"step_seconds": 0.025, "kept_bytes": 1000.0})
     assert answer(figures("seekr", differences, gap), baseline) == expected + cost
     assert answer(figures("seekr", differences, gap, cost=False), baseline) == expected

@@ -39,7 +39,7 @@ def test_a_config_survives_json_both_ways(tmp_path: Path) -> None:
     config.save(tmp_path / "config.json")
     assert SeekrConfig.load(tmp_path / "config.json") == config
     assert SeekrConfig.from_mapping(json.loads(json.dumps(config.to_dict()))) == config
-    assert len(config.to_dict()) == len(dataclasses.fields(SeekrConfig)) == 30
+    assert len(config.to_dict()) == len(dataclasses.fields(SeekrConfig)) == 31
 
 
 def test_the_paper_is_the_default_where_the_readme_does_not_say_otherwise() -> None:

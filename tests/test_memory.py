@@ -29,6 +29,7 @@ from seekr_peft.memory import (
     TaskMemory,
     TeacherQuality,
     TeacherSignals,
+    choose_queries,
     choose_samples,
     collate,
     draw_queries,
@@ -122,6 +123,26 @@ def test_chosen_samples_are_those_of_the_dataset_and_each_has_its_own_queries() 
     assert len({tuple(sample.queries.tolist()) for sample in samples}) == 10
     again = choose_samples(dataset, 0.1, query_budget=7, seed=3)
     assert all(torch.equal(a.queries, b.queries) for a, b in zip(samples, again, strict=True))
+
+
+@given(st.data())
+def test_the_rows_that_the_answer_comes_from_are_drawn_before_any_other(data: st.DataObject) -> None:
+    length = data.draw(st.integers(2, 60))
+    budget, seed = data.draw(st.integers(1, 70)), data.draw(st.integers(0, 10**6))
+    answered = data.draw(st.sets(st.integers(1, length - 1), min_size=1))
+    labels = torch.tensor([5 if position in answered else -100 for position in range(length)])
+    queries = choose_queries(labels, budget, seed, "answer")
+    assert torch.equal(queries, queries.unique()) and len(queries) == min(budget, length)
+    predicting = {position - 1 for position in answered}
+    assert len(predicting & set(queries.tolist())) == min(budget, len(predicting))
+    assert torch.equal(choose_queries(labels, budget, seed, "random"), draw_queries(length, budget, seed))
+
+
+def test_which_rows_are_drawn_is_a_setting_of_the_samples() -> None:
+    dataset = [{"input_ids": [1] * 40, "labels": [-100] * 37 + [1, 1, 1]} for _ in range(10)]
+    chosen = choose_samples(dataset, 1.0, query_budget=5, seed=3, query_choice="answer")
+    assert all({36, 37, 38} <= set(sample.queries.tolist()) and len(sample.queries) == 5 for sample in chosen)
+    assert len({tuple(sample.queries.tolist()) for sample in chosen}) > 5
 
 
 def test_padding_is_dropped_from_a_padded_dataset() -> None:

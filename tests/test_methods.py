@@ -119,6 +119,16 @@ def test_two_tasks_from_end_to_end(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "method.json").read_text())["tasks"] == ["first", "second"]
 
 
+def test_the_memory_holds_the_rows_that_the_setting_names() -> None:
+    method = make_method(query_choice="answer", query_budget=2)
+    do_task(method, "first", FIRST)
+    samples = [method.memory.tasks[0].sample(index) for index in range(4)]
+    assert {len(sample.queries) for sample in samples} == {2}
+    for sample in samples:
+        answers = (sample.labels[1:] != -100).nonzero().flatten().tolist()
+        assert set(sample.queries.tolist()) <= set(answers) or set(answers) <= set(sample.queries.tolist())
+
+
 def test_training_with_replay_lowers_the_replay_loss() -> None:
     method = make_method(lambda2=1.0, replay_every=1)
     do_task(method, "first", FIRST, steps=20)

@@ -37,7 +37,10 @@ def answer(subject: VariantFigures, baseline: VariantFigures) -> str:
         times = subject.cost["step_seconds"] / baseline.cost["step_seconds"]
         kilobytes = (subject.cost["kept_bytes"] - baseline.cost["kept_bytes"]) / 1e3
         more = "more" if kilobytes >= 0 else "less"
-        parts.append(f"A step takes {times:.2f} times as long, and {abs(kilobytes):.0f} kB {more} are kept.")
+        parts.append(
+            f"A step took {times:.2f} times as long (other work on the machine counts), and "
+            f"{abs(kilobytes):.0f} kB {more} are kept."
+        )
     return " ".join(parts)
 
 

@@ -2,7 +2,7 @@
 
 from .batch import LayerTeacher, ReplayBatch, collate
 from .memory import ReplayMemory
-from .samples import ReplaySample, choose_samples, draw_queries, replay_count
+from .samples import ReplaySample, choose_queries, choose_samples, draw_queries, replay_count
 from .storage import TaskMemory, TeacherQuality, TeacherSignals, estimate_bytes
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "TaskMemory",
     "TeacherQuality",
     "TeacherSignals",
+    "choose_queries",
     "choose_samples",
     "collate",
     "draw_queries",

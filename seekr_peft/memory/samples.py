@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import QueryChoice
 from ..errors import DataError
 
 SampleSelector = Callable[[Any, int, int], Sequence[int]]
@@ -47,12 +48,26 @@ def select_first(dataset: Any, count: int, seed: int) -> list[int]:
 SELECTORS: dict[str, SampleSelector] = {"random": select_random, "first": select_first}
 
 
-def draw_queries(length: int, budget: int | None, seed: int) -> Tensor:
-    """``min(budget, length)`` query positions of a sample of ``length`` tokens, sorted, seeded; None takes all."""
+def draw_queries(length: int, budget: int | None, seed: int, first: Tensor | None = None) -> Tensor:
+    """``min(budget, length)`` query positions of a sample of ``length`` tokens, sorted, seeded; None takes all.
+
+    ``first`` (positions, int64) are drawn before any other.
+    """
     if budget is None or budget >= length:
         return torch.arange(length)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(length, generator=generator)[:budget].sort().values
+    drawn = torch.randperm(length, generator=generator)
+    if first is not None:
+        ahead = torch.isin(drawn, first)
+        drawn = torch.cat([drawn[ahead], drawn[~ahead]])
+    return drawn[:budget].sort().values
+
+
+def choose_queries(labels: Tensor, budget: int | None, seed: int, query_choice: QueryChoice) -> Tensor:
+    """The query positions of a sample with ``labels`` (T,): ``draw_queries``, under "answer" first of those that
+    predict the answer tokens."""
+    first = (labels[1:] != -100).nonzero().flatten() if query_choice == "answer" else None
+    return draw_queries(len(labels), budget, seed, first)
 
 
 def choose_samples(
@@ -61,12 +76,14 @@ def choose_samples(
     query_budget: int | None,
     seed: int,
     selector: SampleSelector = select_random,
+    query_choice: QueryChoice = "random",
 ) -> list[ReplaySample]:
     """Draw the replay samples of a task from its tokenised training set.
 
     Args:
         dataset: Sized and indexable; each item has ``input_ids`` and ``labels`` (answer tokens, -100 elsewhere),
             without padding or with an ``attention_mask`` that marks it.
+        query_choice: "answer" draws the positions that predict the answer tokens before any other.
 
     Raises:
         DataError: The set is empty, is not tokenised, or a chosen sample has no answer token.
@@ -77,10 +94,10 @@ def choose_samples(
     indices = list(selector(dataset, count, seed))
     if not indices:
         raise DataError(f"select_samples chose none of {len(dataset)} samples; it must choose at least one.")
-    return [_sample(dataset[int(index)], int(index), query_budget, seed) for index in indices]
+    return [_sample(dataset[int(index)], int(index), query_budget, seed, query_choice) for index in indices]
 
 
-def _sample(item: Any, index: int, query_budget: int | None, seed: int) -> ReplaySample:
+def _sample(item: Any, index: int, query_budget: int | None, seed: int, query_choice: QueryChoice) -> ReplaySample:
     for key in ("input_ids", "labels"):
         if key not in item:
             raise DataError(
@@ -96,7 +113,7 @@ def _sample(item: Any, index: int, query_budget: int | None, seed: int) -> Repla
             f"sample {index} of replay_from has no answer token (every label is -100), so there is nothing to replay; "
             f"raise max_length or drop the sample."
         )
-    queries = draw_queries(len(input_ids), query_budget, _mixed(seed, index))
+    queries = choose_queries(labels, query_budget, _mixed(seed, index), query_choice)
     return ReplaySample(input_ids.long(), labels.long(), queries)
 
 

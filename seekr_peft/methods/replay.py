@@ -53,7 +53,12 @@ class Replay(ContinualMethod):
         """Draw the task's replay samples and start the stream over the earlier tasks' ones."""
         seed = self.config.seed + len(self.task_names)
         self._samples = choose_samples(
-            replay_from, self.config.replay_ratio, self.config.query_budget, seed, self._select
+            replay_from,
+            self.config.replay_ratio,
+            self.config.query_budget,
+            seed,
+            self._select,
+            self.config.query_choice,
         )
         self._stream = self.memory.stream(self.config.replay_batch_size, seed, pad_token_id(self.model))
 
