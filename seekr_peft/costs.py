@@ -44,16 +44,19 @@ class TaskCost:
         return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-def read_costs(run_directory: Path) -> list[TaskCost]:
-    """The costs of a run's tasks; RunError when the file is missing, damaged or of another version."""
+def read_costs(run_directory: Path, advice: str = "delete the run's folder to run it again") -> list[TaskCost]:
+    """The costs of a run's tasks; RunError, which ends with ``advice``, when the file is missing, damaged or of another
+    version."""
     path = run_directory / COSTS_FILE
     names = {field.name for field in fields(TaskCost)}
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-        if any(set(record) != names for record in records):
-            raise ValueError(f"each task must have {', '.join(sorted(names))}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path} cannot be read ({error}); delete the run's folder to run it again.") from error
+        if not records or any(set(record) != names for record in records):
+            raise ValueError(f"it must list tasks, each with {', '.join(sorted(names))}")
+        if any(type(value) not in (int, float) for record in records for key, value in record.items() if key != "name"):
+            raise ValueError("all but a task's name must be numbers")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); {advice}.") from error
     return [TaskCost(**record) for record in records]
 
 

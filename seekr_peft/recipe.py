@@ -48,6 +48,7 @@ _PLAIN_SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+_WITHOUT_KEYWORDS = ("constant", "constant_with_warmup")
 _NEEDS_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 _POSITIVE = (
     "learning_rate",
@@ -371,7 +372,9 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
                 f"training.{key}: use_reentrant must be false, got {value['use_reentrant']!r}; under reentrant "
                 f"checkpointing a captured attention has no gradient."
             )
-    return problems or _scheduler_problems(training)
+    if training.get("lr_scheduler_type", "linear") in choices["lr_scheduler_type"]:
+        problems += _scheduler_problems(training)
+    return problems
 
 
 def _scheduler_problems(training: dict[str, Any]) -> list[str]:
@@ -379,19 +382,24 @@ def _scheduler_problems(training: dict[str, Any]) -> list[str]:
     name, keywords = training.get("lr_scheduler_type"), training.get("lr_scheduler_kwargs")
     if name in _NEEDS_A_METRIC:
         return [f"training.lr_scheduler_type {name!r} needs a metric during training, which is not taken; try cosine."]
-    if not keywords and name in (None, *_PLAIN_SCHEDULERS):
-        return []
     if keywords is not None and not isinstance(keywords, dict):
         return [f"training.lr_scheduler_kwargs must be a mapping, got {keywords!r}."]
+    if not keywords and name in (None, *_PLAIN_SCHEDULERS):
+        return []
+    if name in _WITHOUT_KEYWORDS:
+        return [f"training.lr_scheduler_kwargs {keywords!r}: {name} takes none; leave them out."]
     # Seconds, and only for a recipe that asks for such a scheduler.
     import torch
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    rate = training.get("learning_rate", 5e-5)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate if _is_number(rate) and rate > 0 else 5e-5)
     try:
         get_scheduler(name or "linear", optimizer, 1, 2, scheduler_specific_kwargs=keywords)
     except (TypeError, ValueError) as error:
-        return [f"training.lr_scheduler_kwargs {keywords!r} do not fit {name or 'linear'}: {error}"]
+        if keywords:
+            return [f"training.lr_scheduler_kwargs {keywords!r} do not fit {name or 'linear'}: {error}"]
+        return [f"training.lr_scheduler_type {name} needs training.lr_scheduler_kwargs: {error}"]
     return []
 
 

@@ -355,7 +355,8 @@ class _Run:
     def _read_costs(self, stages: list[Stage], method: ContinualMethod) -> None:
         """Those of the trained stages; of one that a kill left unwritten the seconds and the peak are lost."""
         written = (self.directory / COSTS_FILE).is_file()
-        self.costs = read_costs(self.directory)[: len(stages)] if written else []
+        advice = "delete that file, which loses the seconds and peaks of the finished tasks and nothing else"
+        self.costs = read_costs(self.directory, advice)[: len(stages)] if written else []
         for index in range(len(self.costs), len(stages)):
             name = stages[index].name
             steps = _last_steps(self.directory / METRICS_FILE).get(index, 0)

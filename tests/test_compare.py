@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import seekr_peft.compare as compare_module
 from seekr_peft.compare import FinishedRun, Variant, check_comparable, compare, plan_comparison
 from seekr_peft.compare.answer import answer
 from seekr_peft.compare.checks import what_is_the_same
-from seekr_peft.compare.results import VariantFigures
 from seekr_peft.compare.statistics import PairedDifference, Spread, sign_flip_p
 from seekr_peft.costs import TaskCost
 from seekr_peft.errors import ConfigError, RunError, RunInUseError
@@ -340,65 +338,98 @@ def test_epochs_that_do_not_fit_the_tasks_of_the_folder_are_refused(tmp_path: Pa
 # The answer -------------------------------------------------------------------------------------------------------
 
 
-def figures(label: str, differences: list[float], gap: float | None = None, cost: bool = True) -> VariantFigures:
-    return VariantFigures(
-        label=label,
-        method="seekr",
-        settings={},
-        n=6,
-        planned=6,
-        op=None,
-        bwt=None,
-        learnt=None,
-        cost={"step_seconds": 0.05, "kept_bytes": 4000.0} if cost else None,
-        against_baseline=PairedDifference.of(differences) if differences else None,
-        gap_closed=gap,
-    )
-
-
 @pytest.mark.parametrize(
     ("differences", "gap", "expected"),
     [
         (
             [0.2, 0.1, 0.15, 0.05, 0.1, 0.3],
             0.57,
-            "Is seekr worth it? Yes: it ends 15.0 OP above replay and is ahead in 6 of 6 pairs of runs (p = 0.031). It "
-            "closes 57 % of the gap to training all tasks at once.",
+            "Yes: it ends 15.0 OP above replay and is ahead in 6 of 6 pairs of runs (p = 0.031). It closes 57 % of the "
+            "gap to training all tasks at once.",
         ),
         (
             [-0.2, -0.1, -0.15, -0.05, -0.1, -0.3],
-            -0.5,
-            "Is seekr worth it? No: it ends 15.0 OP below replay and is ahead in 0 of 6 pairs of runs (p = 0.031).",
+            0.5,
+            "No: it ends 15.0 OP below replay and is ahead in 0 of 6 pairs of runs (p = 0.031).",
         ),
         (
             [0.2, -0.1, 0.15, -0.05, 0.1, 0.3],
-            None,
-            "Is seekr worth it? Not shown: it ends 10.0 OP above replay and is ahead in 4 of 6 pairs of runs "
-            "(p = 0.219). That may be chance; more seeds or orders would tell.",
+            0.5,
+            "Not shown: it ends 10.0 OP above replay and is ahead in 4 of 6 pairs of runs (p = 0.219). That may be "
+            "chance; more seeds or orders may tell.",
         ),
         (
             [0.2, 0.2, 0.2],
             None,
-            "Is seekr worth it? Not shown: it ends 20.0 OP above replay and is ahead in 3 of 3 pairs of runs "
-            "(p = 0.250). 3 pairs cannot show it, whatever they are; give more seeds or orders.",
+            "Not shown: it ends 20.0 OP above replay and is ahead in 3 of 3 pairs of runs (p = 0.250). 3 pairs cannot "
+            "show it, it takes 6: give more --seeds, or --orders 2.",
         ),
         (
             [-0.01],
             None,
-            "Is seekr worth it? Not shown: it ends 1.0 OP below replay in the one pair of runs that there is. One pair "
-            "cannot show it; give more seeds or orders.",
+            "Not shown: it ends 1.0 OP below replay in the one pair of runs that there is. One pair cannot show it, it "
+            "takes 6: give more --seeds, or --orders 2.",
+        ),
+        (
+            [0.0] * 6,
+            0.5,
+            "Not shown: it ends level with replay and is ahead in 0 of 6 pairs of runs (p = 1.000, 6 alike). That may "
+            "be chance; more seeds or orders may tell.",
+        ),
+        (
+            [0.1, 0.1, 0.1, 0.1, 0.1, 0.0],
+            None,
+            "Not shown: it ends 8.3 OP above replay and is ahead in 5 of 6 pairs of runs (p = 0.062, 1 alike). 5 pairs "
+            "cannot show it, it takes 6: give more --seeds, or --orders 2.",
+        ),
+        (
+            [0.0001] * 7,
+            None,
+            "Not shown: it ends level with replay and is ahead in 7 of 7 pairs of runs (p = 0.016). That may be "
+            "chance; more seeds or orders may tell.",
+        ),
+        (
+            [0.1] * 12,
+            None,
+            "Yes: it ends 10.0 OP above replay and is ahead in 12 of 12 pairs of runs (p < 0.001).",
         ),
     ],
 )
 def test_the_answer_says_whether_it_is_worth_it(differences: list[float], gap: float | None, expected: str) -> None:
-    cost = " A step took 2.00 times as long (other work on the machine counts), and 3 kB more are kept."
-    baseline = replace(figures("replay", []), cost={"step_seconds": 0.025, "kept_bytes": 1000.0})
-    assert answer(figures("seekr", differences, gap), baseline) == expected + cost
-    assert answer(figures("seekr", differences, gap, cost=False), baseline) == expected
+    assert answer("seekr", "replay", PairedDifference.of(differences), gap) == f"Is seekr worth it? {expected}"
 
 
-def test_there_is_no_answer_before_there_is_a_pair() -> None:
-    assert answer(figures("seekr", []), figures("replay", [])) == ""
+@pytest.mark.parametrize(
+    ("ratio", "more", "expected"),
+    [
+        (1.26, 3400, " A step took 1.3 times as long as one of replay. 3 kB more are kept on disk than by replay."),
+        (None, -2.5e6, " 2.5 MB less are kept on disk than by replay."),
+        (0.9, 40, " A step took 0.9 times as long as one of replay. As much is kept on disk as by replay."),
+        (2.0, None, " A step took 2.0 times as long as one of replay."),
+    ],
+)
+def test_the_answer_says_what_it_costs(ratio: float | None, more: float | None, expected: str) -> None:
+    difference = PairedDifference.of([0.1] * 6)
+    plain = answer("seekr", "replay", difference)
+    assert answer("seekr", "replay", difference, None, ratio, more) == plain + expected
+
+
+@pytest.mark.parametrize(
+    ("variants", "baseline", "subject"),
+    [
+        (["random heads", "plain", "replay"], "replay", "plain"),
+        (["random heads", "replay"], "replay", "random heads"),
+        (["plain", "replay"], "plain", None),
+        (["replay", "all at once"], "replay", None),
+    ],
+)
+def test_the_answer_is_about_the_recipes_own_method(
+    variants: list[str], baseline: str, subject: str | None, tmp_path: Path
+) -> None:
+    given = {**VARIANTS, "plain": {}}
+    source = recipe(tmp_path, baseline=baseline, variants={name: given[name] for name in variants})
+    comparison = quietly(source, run=False)
+    assert comparison.subject == subject and comparison.answer() == ""
 
 
 # Comparable -------------------------------------------------------------------------------------------------------
@@ -462,7 +493,11 @@ def test_what_a_variant_names_may_differ_and_is_said(tmp_path: Path) -> None:
     assert same[2].endswith("but for steps, fewer") and same[3].endswith("but for ratio, fewer")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tasks": [{"n_steps": 6}]}', '{"tasks": [6]}'])
+BROKEN_COSTS = ["{", "[]", "{}", '{"tasks": []}', '{"tasks": [{"n_steps": 6}]}', '{"tasks": [6]}']
+BROKEN_COSTS.append(json.dumps({"tasks": [{**TaskCost("first", 6).to_json(), "n_steps": None}]}))
+
+
+@pytest.mark.parametrize("content", BROKEN_COSTS)
 def test_costs_that_are_cut_off_or_of_another_version_are_one_sentence(content: str, tmp_path: Path) -> None:
     run = FinishedRun(Variant("one", {}), 1, 0, fake_run(tmp_path / "one"))
     (tmp_path / "one" / "costs.json").write_text(content)

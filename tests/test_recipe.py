@@ -238,6 +238,10 @@ def test_a_scheduler_is_taken_if_transformers_can_make_it(name: str) -> None:
         ("warmup_stable_decay", {"num_decay_steps": 5}, None),
         ("warmup_stable_decay", {"num_decay_step": 5}, "num_decay_step"),
         ("linear", {"min_lr": 0.1}, "min_lr"),
+        ("polynomial", {"lr_end": 1e-5}, None),
+        ("polynomial", {"lr_end": 0.01}, "lr_end"),
+        ("constant", {"min_lr": 0.1}, "takes none"),
+        ("linear", [], "must be a mapping"),
         ("cosine", [1], "must be a mapping"),
     ],
 )

@@ -1,53 +1,77 @@
-"""Is it worth it? A comparison's answer in words. Imports ``results`` for its types only."""
+"""Is it worth it? A comparison's answer in words. May import ``statistics``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .results import VariantFigures
+from .statistics import PairedDifference, p_words
 
 SURE = 0.05
 """A p above it is called chance's doing, as is usual."""
+SMALLEST = 0.0005
+"""Of OP: what would be printed as 0.0 is no difference."""
+PAIRS_NEEDED = 6
+"""The fewest pairs whose p can fall to ``SURE``: 2 / 2^6 = 0.031, 2 / 2^5 = 0.063."""
 
 
-def answer(subject: VariantFigures, baseline: VariantFigures) -> str:
-    """Whether ``subject`` is worth it against ``baseline``, what it costs, and what to do when it is not shown.
+def answer(
+    label: str,
+    baseline: str,
+    difference: PairedDifference,
+    gap_closed: float | None = None,
+    step_ratio: float | None = None,
+    more_bytes: float | None = None,
+) -> str:
+    """Whether the variant ``label`` is worth it against ``baseline``, what it costs, and what would show it.
 
-    Empty until both have finished runs of one order and seed.
+    Args:
+        gap_closed: Share of the gap to training all tasks at once.
+        step_ratio: Seconds of an optimiser step over those of the baseline's.
+        more_bytes: Kept on disk beyond what the baseline keeps.
     """
-    difference = subject.against_baseline
-    if difference is None:
-        return ""
-    shown = difference.p is not None and difference.p <= SURE
-    verdict = ("Yes" if difference.mean > 0 else "No") if shown else "Not shown"
-    side = "above" if difference.mean >= 0 else "below"
-    pairs = "the one pair" if difference.n == 1 else f"{difference.wins} of {difference.n} pairs"
-    p = "" if difference.p is None else f" (p = {difference.p:.3f})" if difference.p >= 0.001 else " (p < 0.001)"
-    lead = f"is ahead in {pairs} of runs" if difference.n > 1 else f"in {pairs} of runs that there is"
-    parts = [
-        f"Is {subject.label} worth it? {verdict}: it ends {100 * abs(difference.mean):.1f} OP {side} {baseline.label}"
-        f"{' and ' if difference.n > 1 else ' '}{lead}{p}."
-    ]
-    if not shown:
-        parts.append(_what_would_show_it(difference.n))
-    if subject.gap_closed is not None and difference.mean > 0:
-        parts.append(f"It closes {100 * subject.gap_closed:.0f} % of the gap to training all tasks at once.")
-    if subject.cost and baseline.cost and baseline.cost["step_seconds"]:
-        times = subject.cost["step_seconds"] / baseline.cost["step_seconds"]
-        kilobytes = (subject.cost["kept_bytes"] - baseline.cost["kept_bytes"]) / 1e3
-        more = "more" if kilobytes >= 0 else "less"
-        parts.append(
-            f"A step took {times:.2f} times as long (other work on the machine counts), and "
-            f"{abs(kilobytes):.0f} kB {more} are kept."
-        )
+    verdict = _verdict(difference)
+    parts = [f"Is {label} worth it? {verdict}: it ends {_position(difference, baseline)}{_pairs(difference)}."]
+    if verdict == "Not shown":
+        parts.append(_what_would_show_it(difference))
+    elif verdict == "Yes" and gap_closed is not None and gap_closed > 0:
+        parts.append(f"It closes {100 * gap_closed:.0f} % of the gap to training all tasks at once.")
+    if step_ratio is not None:
+        parts.append(f"A step took {step_ratio:.1f} times as long as one of {baseline}.")
+    if more_bytes is not None:
+        parts.append(_kept(more_bytes, baseline))
     return " ".join(parts)
 
 
-def _what_would_show_it(n_pairs: int) -> str:
-    smallest = 2 / 2**n_pairs
-    if n_pairs == 1:
-        return "One pair cannot show it; give more seeds or orders."
-    if smallest > SURE:
-        return f"{n_pairs} pairs cannot show it, whatever they are; give more seeds or orders."
-    return "That may be chance; more seeds or orders would tell."
+def _verdict(difference: PairedDifference) -> str:
+    if difference.p is None or difference.p > SURE or abs(difference.mean) < SMALLEST:
+        return "Not shown"
+    return "Yes" if difference.mean > 0 else "No"
+
+
+def _position(difference: PairedDifference, baseline: str) -> str:
+    if abs(difference.mean) < SMALLEST:
+        return f"level with {baseline}"
+    return f"{100 * abs(difference.mean):.1f} OP {'above' if difference.mean > 0 else 'below'} {baseline}"
+
+
+def _pairs(difference: PairedDifference) -> str:
+    if difference.n == 1:
+        return " in the one pair of runs that there is"
+    alike = f", {difference.ties} alike" if difference.ties else ""
+    p = "" if difference.p is None else f" (p = {p_words(difference.p)}{alike})".replace("= <", "< ")
+    return f" and is ahead in {difference.wins} of {difference.n} pairs of runs{p}"
+
+
+def _what_would_show_it(difference: PairedDifference) -> str:
+    # A pair without a difference says nothing, unless none of them has one.
+    telling = difference.n - difference.ties or difference.n
+    if telling < PAIRS_NEEDED:
+        pairs = "One pair" if telling == 1 else f"{telling} pairs"
+        return f"{pairs} cannot show it, it takes {PAIRS_NEEDED}: give more --seeds, or --orders 2."
+    return "That may be chance; more seeds or orders may tell."
+
+
+def _kept(more_bytes: float, baseline: str) -> str:
+    kilobytes = abs(more_bytes) / 1e3
+    if kilobytes < 0.5:
+        return f"As much is kept on disk as by {baseline}."
+    amount = f"{kilobytes:.0f} kB" if kilobytes < 1e3 else f"{kilobytes / 1e3:.1f} MB"
+    return f"{amount} {'more' if more_bytes > 0 else 'less'} are kept on disk than by {baseline}."

@@ -22,7 +22,7 @@ from ..run import is_finished
 from .answer import answer
 from .checks import FinishedRun, check_comparable, what_is_the_same
 from .plan import Job, Plan, Variant
-from .statistics import TEST_ASSUMPTION, TEST_NAME, PairedDifference, Spread
+from .statistics import TEST_ASSUMPTION, TEST_NAME, PairedDifference, Spread, p_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,7 +107,25 @@ class Comparison:
         """Whether the recipe's own method is worth it, in words; empty without a baseline beside it."""
         if self.subject is None or self.baseline is None:
             return ""
-        return answer(self.variant(self.subject), self.variant(self.baseline))
+        subject, baseline = self.variant(self.subject), self.variant(self.baseline)
+        if subject.against_baseline is None:
+            return ""
+        cost, base = subject.cost, baseline.cost
+        return answer(
+            subject.label,
+            baseline.label,
+            subject.against_baseline,
+            subject.gap_closed,
+            self._step_ratio(subject.label, baseline.label),
+            cost["kept_bytes"] - base["kept_bytes"] if cost and base else None,
+        )
+
+    def _step_ratio(self, label: str, baseline: str) -> float | None:
+        """Median over the pairs of runs, since other work on the machine slows single ones."""
+        seconds = {(run.variant, *run.pair): run.cost["step_seconds"] for run in self.runs if run.cost["step_seconds"]}
+        pairs = [(own, (baseline, *own[1:])) for own in seconds if own[0] == label]
+        ratios = [seconds[own] / seconds[base] for own, base in pairs if base in seconds]
+        return statistics.median(ratios) if ratios else None
 
     def test_sentence(self) -> str:
         """What the column p means."""
@@ -166,7 +184,7 @@ class Comparison:
             difference = variant.against_baseline
             row[f"OP - {self.baseline}"] = _percent(difference, signed=True)
             row["wins"] = f"{difference.wins}/{difference.n}" if difference else ""
-            row["p"] = _p(difference.p if difference else None)
+            row["p"] = p_words(difference.p) if difference and difference.p is not None else ""
         if any(other.gap_closed is not None for other in self.variants):
             row["gap closed"] = "" if variant.gap_closed is None else f"{100 * variant.gap_closed:.0f} %"
         cost = variant.cost
@@ -211,7 +229,10 @@ def _run_figures(job: Job, root: Path) -> RunFigures:
     known = [score for score in own if score is not None]
     costs = read_costs(job.directory)
     cost: dict[str, float] = {name: sum(getattr(task, name) for task in costs) for name in _COSTS}
-    cost["step_seconds"] = sum(task.step_seconds * task.n_steps for task in costs) / max(1, cost["n_steps"])
+    # What a kill left untimed has no seconds.
+    timed = [task for task in costs if task.step_seconds > 0]
+    n_timed = sum(task.n_steps for task in timed)
+    cost["step_seconds"] = sum(task.step_seconds * task.n_steps for task in timed) / max(1, n_timed)
     cost["step_peak_bytes"] = max(task.step_peak_bytes for task in costs)
     return RunFigures(
         variant=job.variant.label,
@@ -248,10 +269,11 @@ def _variant_figures(variant: Variant, plan: Plan, runs: list[RunFigures]) -> Va
 
 
 def _subject(plan: Plan) -> str | None:
-    """The variant that the answer is about: the first of the recipe's own method, if it is not the baseline."""
-    own = (variant.label for variant in plan.variants if _method(variant, plan) == plan.recipe.method_name)
-    first = next(own, None)
-    return None if first == plan.baseline else first
+    """The variant that the answer is about: of those of the recipe's own method, the one with the fewest settings;
+    None where that is the baseline."""
+    own = [variant for variant in plan.variants if _method(variant, plan) == plan.recipe.method_name]
+    plain = min(own, key=lambda variant: len(variant.settings.keys() - {"method.name"}), default=None)
+    return None if plain is None or plain.label == plan.baseline else plain.label
 
 
 def _method(variant: Variant, plan: Plan) -> str:
@@ -278,12 +300,6 @@ def _gap_closed(
 
 def _spread(values: list[float]) -> Spread | None:
     return Spread.of(values) if values else None
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _percent(value: Spread | PairedDifference | None, signed: bool = False) -> str:

@@ -35,13 +35,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A variant minus the baseline over their common (order, seed) pairs: ``wins`` are those above 0; ``p`` is None
-    for a single pair, where no test is possible."""
+    """A variant minus the baseline over their common (order, seed) pairs: ``wins`` are those above 0, ``ties`` those
+    of 0; ``p`` is None for a single pair, where no test is possible."""
 
     n: int
     mean: float
     sd: float | None
     wins: int
+    ties: int
     p: float | None
 
     @classmethod
@@ -51,7 +52,13 @@ class PairedDifference:
         differences = [round(difference, 12) for difference in differences]
         spread = Spread.of(differences)
         p = sign_flip_p(differences) if len(differences) > 1 else None
-        return cls(len(differences), spread.mean, spread.sd, sum(d > 0 for d in differences), p)
+        wins, ties = sum(d > 0 for d in differences), sum(d == 0 for d in differences)
+        return cls(len(differences), spread.mean, spread.sd, wins, ties, p)
+
+
+def p_words(p: float) -> str:
+    """To three decimals."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
