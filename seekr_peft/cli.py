@@ -3,6 +3,7 @@
 Heavy imports are inside the commands, so that ``--help`` answers at once.
 """
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,12 +182,8 @@ def _orders(text: str | None) -> int | list[list[str]] | None:
 
 
 def _quiet() -> None:
-    """Our own bars replace those of transformers; its warnings stay, but for two that nobody can or need heed."""
-    import logging
+    """Our own bars replace those of transformers; its warnings stay, but for one that nobody can heed."""
     import warnings
-
-    # bitsandbytes, at import, about a CPU kernel that training does not use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     import transformers
 
@@ -196,6 +193,8 @@ def _quiet() -> None:
 
 def main() -> None:
     """Entry point: a mistake of the user's is one line per problem and status 2, a bug keeps its traceback."""
+    # bitsandbytes warns at import about a CPU kernel that training does not use; whatever loads it, loads it later.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except ConfigError as error:

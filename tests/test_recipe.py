@@ -254,6 +254,16 @@ def test_a_schedulers_keywords_are_checked_before_the_run(name: str, keywords: A
         assert message.startswith("training.lr_scheduler_kwargs") and said in message
 
 
+def test_the_schedulers_check_prints_its_answer_alone() -> None:
+    settings = ["tasks.format=demo", "training.lr_scheduler_type=warmup_stable_decay", "--check"]
+    code = "import sys; from seekr_peft.cli import main; sys.argv[0] = 'seekr-peft'; main()"
+    recipe_path = str(REPOSITORY / "recipes" / "demo.yaml")
+    command = [sys.executable, "-c", code, "run", recipe_path, *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "needs training.lr_scheduler_kwargs" in done.stderr
+
+
 def test_an_unknown_task_format_is_named_even_without_a_path() -> None:
     (message,) = problems(recipe(tasks={"format": "jsnl"}))
     assert "'jsnl' is unknown" in message and "jsonl" in message
