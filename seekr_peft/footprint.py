@@ -106,6 +106,8 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     base = sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" not in name)
     base += _scale_bytes(recipe, model) + sum(buffer.nbytes for buffer in model.buffers())
     method = recipe.method_config()
+    attention = method.attention_distillation and "attention" in kind.teacher_signals
+    logits = method.logits_distillation and "logits" in kind.teacher_signals
     sample = _sample(length, answers, method)
     phases = {"training": _training(recipe, model, length)}
     n_samples = per_sample = 0
@@ -114,12 +116,12 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
         if kind.uses_replay:
             n_samples = replay_count(n_train, method.replay_ratio)
             at_hand = n_samples * (n_tasks - 1)
-        if recipe.method_name == "seekr":
+        if attention:
             n_heads = method.distilled_heads(len(attention_modules(model)), head_shape(model)[1])
         if kind.uses_replay:
-            per_sample = _sample_bytes(recipe, model, method, sample, n_heads)
+            per_sample = _sample_bytes(model, method, sample, n_heads, logits)
         phases["replay"] = _replay(recipe, model, length, answers, n_heads, at_hand)
-        if recipe.method_name == "seekr" and method.attention_distillation:
+        if attention:
             phases["scoring"] = _scoring(recipe, model, sample, length, answers)
     phases["evaluation"] = _evaluation(recipe, model, length)
     return Footprint(
@@ -346,10 +348,10 @@ def _sample(length: int, answers: int, method: SeekrConfig) -> ReplaySample:
     return ReplaySample(torch.ones(length, dtype=torch.long), labels, queries)
 
 
-def _sample_bytes(recipe: Recipe, model: Any, method: SeekrConfig, sample: ReplaySample, n_heads: int) -> int:
+def _sample_bytes(model: Any, method: SeekrConfig, sample: ReplaySample, n_heads: int, logits: bool) -> int:
     """One sample's share of a large file."""
     vocabulary = int(model.config.get_text_config().vocab_size)
-    top_k = method.logit_top_k if recipe.method_name == "seekr" and method.logits_distillation else 0
+    top_k = method.logit_top_k if logits else 0
     one, two = (
         estimate_bytes([sample] * n, n_heads, method.row_top_k, top_k, vocabulary, method.storage_dtype) for n in (1, 2)
     )

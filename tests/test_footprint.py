@@ -17,6 +17,7 @@ from seekr_peft import ContinualTrainer, Seekr
 from seekr_peft.cli import app
 from seekr_peft.footprint import Footprint, estimate_footprint, first_knob, render_footprint
 from seekr_peft.memory import TaskMemory
+from seekr_peft.methods import get_method
 from seekr_peft.modeling import load_model
 from seekr_peft.peak_memory import PeakMemory
 from seekr_peft.recipe import Recipe, load_recipe
@@ -118,6 +119,31 @@ def test_each_phase_is_predicted_within_ten_per_cent(tmp_path: Path, quantizatio
     assert footprint.peak == pytest.approx(footprint.resident + max(peaks.values()), rel=0.1)
     # Entries too small for 8 bits are not stored.
     assert 0.99 * sample_bytes <= footprint.bytes_per_sample <= 1.2 * sample_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("replay_logits", {}), ("replay", {}), ("seekr", {"logits_distillation": False})],
+)
+def test_what_each_method_stores_is_predicted(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    # Half of the samples, so that the file's header counts for little; floats, of which none is too small to be kept.
+    method = {
+        "name": name,
+        "replay_ratio": 0.5,
+        "row_top_k": 8,
+        "kept_mass": 1.0,
+        "storage_dtype": "float32",
+    } | settings
+    of = recipe(tmp_path, "none", method=method)
+    model, _ = load_model(of)
+    trained = get_method(name)(model, of.method_config(), directory=tmp_path / "method")
+    with trained.task("first", replay_from=full_length_data()):
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data += 0.001  # else no head has changed, and none is selected
+    footprint = estimate_footprint(of)
+    stored = TaskMemory(trained.task_directory(0, "first")).bytes / 20
+    assert 0.95 * stored <= footprint.bytes_per_sample <= 1.2 * stored
+    assert ("scoring" in footprint.phases) == (name == "seekr")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

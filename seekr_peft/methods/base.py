@@ -58,6 +58,8 @@ class ContinualMethod:
     uses_replay: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     """Whether ``task`` needs the training set although nothing is replayed."""
+    teacher_signals: ClassVar[tuple[str, ...]] = ()
+    """What is stored of the teacher with each replay sample, unless the config says otherwise: attention, logits."""
     joint: ClassVar[bool] = False
     """Whether a run trains all tasks at once, as one."""
     adapter_modes: ClassVar[tuple[str, ...]] = ("stack", "continue")

@@ -16,6 +16,7 @@ class ReplayLogits(Seekr):
     """
 
     name: ClassVar[str] = "replay_logits"
+    teacher_signals: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init__(self, model: Any, config: SeekrConfig | None = None, **options: Any) -> None:
         super().__init__(model, replace(config or SeekrConfig(), attention_distillation=False), **options)

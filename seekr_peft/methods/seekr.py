@@ -36,6 +36,7 @@ class Seekr(Replay):
     """
 
     name: ClassVar[str] = "seekr"
+    teacher_signals: ClassVar[tuple[str, ...]] = ("attention", "logits")
 
     def __init__(self, model: Any, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
