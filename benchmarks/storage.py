@@ -51,10 +51,10 @@ def kl_of_stored(folder: Path, text: str, length: int) -> dict[str, float]:
         exact = {layer: rows[0] for layer, rows in tap.rows.items()}
     config = SeekrConfig()
     kept = sparse_rows(exact, config.row_top_k, config.kept_mass)
-    rows = [(exact[layer], _round_trip(kept[layer], True, config), queries + 1) for layer in exact]
+    rows = [(exact[layer], _round_trip(kept[layer], torch.uint8, config), queries + 1) for layer in exact]
     row_kl = torch.cat([_spread_kl(dense, stored, visible).flatten() for dense, stored, visible in rows]).mean()
     answers = TeacherDistributions.from_logits(logits, config.logit_top_k)
-    stored = _round_trip(TeacherRows(**vars(answers)), False, config)
+    stored = _round_trip(TeacherRows(**vars(answers)), torch.int16, config)
     probabilities = logits.softmax(-1)
     n_tokens = torch.full((len(queries),), logits.shape[-1])
     return {
@@ -130,10 +130,10 @@ def resident_growth(n_samples: int = 60) -> dict[str, float]:
         }
 
 
-def _round_trip(rows: TeacherRows, gap_coding: bool, config: SeekrConfig) -> TeacherRows:
+def _round_trip(rows: TeacherRows, gap_dtype: torch.dtype, config: SeekrConfig) -> TeacherRows:
     shape, k = rows.remaining.shape, rows.indices.shape[-1]
     flat = SparseRows(rows.indices.reshape(-1, k), rows.probabilities.reshape(-1, k), rows.remaining.reshape(-1))
-    back = unpack(pack(flat, config.storage_dtype, gap_coding), gap_coding)
+    back = unpack(pack(flat, config.storage_dtype, gap_dtype))
     return TeacherRows(
         back.indices.reshape(*shape, -1), back.probabilities.reshape(*shape, -1), back.remaining.reshape(shape)
     )

@@ -14,8 +14,9 @@ from seekr_peft.attention import TeacherRows
 from seekr_peft.attention.rows import keep_largest
 from seekr_peft.memory.codec import LOG_STEP, SparseRows, pack, unpack
 
-WIDTHS = st.sampled_from([1, 3, 200, 255, 256, 257, 511, 5000, 40_000])
+WIDTHS = st.sampled_from([1, 3, 200, 255, 256, 257, 511, 5000, 40_000, 152_000])
 DTYPES = ("uint8", "float16", "float32")
+GAP_DTYPES = (torch.uint8, torch.int16)
 ERROR = {"uint8": LOG_STEP, "float16": 1e-3, "float32": 1e-6}
 
 
@@ -40,9 +41,9 @@ def entries(rows: SparseRows) -> list[dict[int, float]]:
     ]
 
 
-@given(sparse_rows(), st.sampled_from(DTYPES), st.booleans())
-def test_rows_come_back_as_they_were_packed(rows: SparseRows, dtype: str, gap_coding: bool) -> None:
-    back = unpack(pack(rows, dtype, gap_coding), gap_coding)
+@given(sparse_rows(), st.sampled_from(DTYPES), st.sampled_from(GAP_DTYPES))
+def test_rows_come_back_as_they_were_packed(rows: SparseRows, dtype: str, gap_dtype: torch.dtype) -> None:
+    back = unpack(pack(rows, dtype, gap_dtype))
     expected = entries(rows)
     assert [set(row) for row in entries(back)] == [set(row) for row in expected]
     for found, wanted, left in zip(entries(back), expected, back.remaining.tolist(), strict=True):
@@ -54,10 +55,11 @@ def test_rows_come_back_as_they_were_packed(rows: SparseRows, dtype: str, gap_co
     assert back.remaining.tolist() == pytest.approx(rows.remaining.tolist(), abs=1e-3)
 
 
-def test_a_gap_takes_one_byte_and_one_more_for_every_255_keys_passed_over() -> None:
-    def places(*indices: int) -> list[int]:
+def test_a_gap_takes_one_place_and_one_more_for_every_255_or_32767_passed_over() -> None:
+    def places(*indices: int, gap_dtype: torch.dtype = torch.uint8) -> list[int]:
         rows = SparseRows(torch.tensor([indices]), torch.full((1, len(indices)), 0.1), torch.tensor([0.5]))
-        packed = pack(rows, "uint8", gap_coding=True)
+        packed = pack(rows, "uint8", gap_dtype)
+        assert packed.gaps.dtype == gap_dtype
         assert packed.sizes.tolist() == [len(packed.gaps)]
         return packed.gaps.tolist()
 
@@ -65,11 +67,13 @@ def test_a_gap_takes_one_byte_and_one_more_for_every_255_keys_passed_over() -> N
     assert places(254) == [254]
     assert places(255) == [255, 0]
     assert places(3, 1000) == [3, 255, 255, 255, 231]
+    assert places(3, 1000, gap_dtype=torch.int16) == [3, 996]
+    assert places(32_766, 100_000, gap_dtype=torch.int16) == [32_766, 32_767, 32_767, 1699]
 
 
 def test_what_eight_bits_cannot_tell_from_nothing_joins_the_remaining_mass() -> None:
     rows = SparseRows(torch.tensor([[4, 2]]), torch.tensor([[0.9, 1e-7]]), torch.tensor([0.1 - 1e-7]))
-    back = unpack(pack(rows, "uint8", gap_coding=True), gap_coding=True)
+    back = unpack(pack(rows, "uint8", torch.uint8))
     assert entries(back) == [{4: pytest.approx(0.9, abs=1e-4)}]
     assert float(back.remaining) == pytest.approx(0.1, abs=1e-4)
 
@@ -77,7 +81,7 @@ def test_what_eight_bits_cannot_tell_from_nothing_joins_the_remaining_mass() -> 
 def test_a_row_of_padding_stays_zero() -> None:
     rows = SparseRows(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0.0, 0.0], [0.4, 0.6]]), torch.zeros(2))
     for dtype in DTYPES:
-        back = unpack(pack(rows, dtype, gap_coding=True), gap_coding=True)
+        back = unpack(pack(rows, dtype, torch.uint8))
         assert not back.probabilities[0].any() and float(back.remaining[0]) == 0.0
         assert not back.remaining.any()
 
@@ -86,7 +90,7 @@ def test_a_row_of_padding_stays_zero() -> None:
 def test_eight_bits_cost_a_ten_thousandth_of_a_nat(width: int, sharpness: float, seed: int) -> None:
     logits = sharpness * torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
     exact = logits.softmax(-1)
-    back = unpack(pack(SparseRows(torch.arange(width)[None], exact, torch.zeros(1)), "uint8", True), True)
+    back = unpack(pack(SparseRows(torch.arange(width)[None], exact, torch.zeros(1)), "uint8", torch.uint8))
     kl = 0.0
     for index, value in entries(back)[0].items():
         kl += float(exact[0, index]) * math.log(float(exact[0, index]) / value)

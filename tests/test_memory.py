@@ -342,7 +342,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, name: str, kept: float)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "memory.json has format 99, this version reads format 2"),
+        ({"format": 99}, "memory.json has format 99, this version reads format 3"),
         ({"format": None}, "memory.json has format None"),
         ({"task": ...}, "memory.json has no 'task'"),
         ({"n_samples": ...}, "memory.json has no 'n_samples'"),

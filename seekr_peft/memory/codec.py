@@ -1,4 +1,5 @@
-"""Sparse distributions packed into few bytes: two bytes for an entry of an attention row in the default coding.
+"""Sparse distributions packed into few bytes: two for an entry of an attention row and three for one of the logits
+in the default coding.
 
 A row is a handful of (index, probability) entries and one remaining mass. Rows differ in their number of entries, so
 their entries lie behind one another in flat arrays. Pure tensor code. May import nothing of the package.
@@ -20,9 +21,6 @@ LOG_STEP = 12 / 255
 
 Rounding costs a KL of about LOG_STEP^2 / 24 = 1e-4 nats, far below what the entries left out cost."""
 
-_ESCAPE = 255
-"""A gap byte that adds 255 and is followed by more; 0..254 end an entry."""
-
 _VALUES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -38,8 +36,12 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """``sizes`` int16 | int32 (rows,), places of ``gaps`` that each row takes; ``gaps`` uint8, or the indices
-    themselves as int32; ``values`` (entries,), the probabilities in the storage dtype; ``remaining`` (rows,)."""
+    """``sizes`` int16 | int32 (rows,), places of ``gaps`` that each row takes; ``gaps`` uint8 | int16 (places,), the
+    distances between a row's sorted indices; ``values`` (entries,), the probabilities in the storage dtype;
+    ``remaining`` (rows,).
+
+    The largest number of the gaps' type, 255 or 32,767, adds itself and is followed by more; a smaller one ends an
+    entry."""
 
     sizes: Tensor
     gaps: Tensor
@@ -47,9 +49,8 @@ class PackedRows:
     remaining: Tensor
 
 
-def pack(rows: SparseRows, storage_dtype: StorageDtype, gap_coding: bool) -> PackedRows:
-    """Pack ``rows``. ``gap_coding`` stores the distances between the sorted indices, mostly in one byte each; without
-    it an index takes four (vocabularies are too wide for gaps)."""
+def pack(rows: SparseRows, storage_dtype: StorageDtype, gap_dtype: torch.dtype) -> PackedRows:
+    """Pack ``rows``. ``gap_dtype``: uint8 where indices lie close together (keys), int16 where not (vocabularies)."""
     kept, remaining = rows.probabilities.float(), rows.remaining.float()
     if storage_dtype == "uint8":
         dropped = (kept > 0) & (kept < math.exp(-255.5 * LOG_STEP))
@@ -62,21 +63,15 @@ def pack(rows: SparseRows, storage_dtype: StorageDtype, gap_coding: bool) -> Pac
     indices, counts = rows.indices.gather(-1, order)[present], present.sum(dim=-1)
     values = _encode_values(kept[present], storage_dtype)
     mass_dtype = torch.float32 if storage_dtype == "float32" else torch.float16
-    if not gap_coding:
-        return PackedRows(_small(counts), indices.int(), values, remaining.to(mass_dtype))
-    gaps, sizes = _encode_gaps(indices, counts)
+    gaps, sizes = _encode_gaps(indices, counts, gap_dtype)
     return PackedRows(_small(sizes), gaps, values, remaining.to(mass_dtype))
 
 
-def unpack(packed: PackedRows, gap_coding: bool) -> SparseRows:
+def unpack(packed: PackedRows) -> SparseRows:
     """The rows again, float32, entries in order of their index, padded with absent entries to the longest row.
 
     The probabilities are scaled so that they and the remaining mass sum to 1 again."""
-    sizes = packed.sizes.long()
-    if gap_coding:
-        indices, counts = _decode_gaps(packed.gaps, sizes)
-    else:
-        indices, counts = packed.gaps.long(), sizes
+    indices, counts = _decode_gaps(packed.gaps, packed.sizes.long())
     row = torch.repeat_interleave(counts)
     starts = counts.cumsum(0) - counts
     column = torch.arange(len(indices)) - starts[row]
@@ -110,23 +105,29 @@ def _decode_values(values: Tensor) -> Tensor:
     return torch.exp(values.float() * -LOG_STEP) if values.dtype == torch.uint8 else values.float()
 
 
-def _encode_gaps(indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes of all gaps, and how many of them each row takes."""
+def longest_gap(gap_dtype: torch.dtype) -> int:
+    """Indices passed over that take one more place."""
+    return torch.iinfo(gap_dtype).max
+
+
+def _encode_gaps(indices: Tensor, counts: Tensor, gap_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All gaps, and how many places each row takes."""
     if not len(indices):
-        return torch.zeros(0, dtype=torch.uint8), torch.zeros_like(counts)
+        return torch.zeros(0, dtype=gap_dtype), torch.zeros_like(counts)
     gaps = indices.diff(prepend=indices.new_tensor([-1])) - 1
     firsts = (counts.cumsum(0) - counts)[counts > 0]
     gaps[firsts] = indices[firsts]
-    lengths = gaps // _ESCAPE + 1
+    more = longest_gap(gap_dtype)
+    lengths = gaps // more + 1
     ends = lengths.cumsum(0)
-    packed = torch.full((int(ends[-1]),), _ESCAPE, dtype=torch.uint8)
-    packed[ends - 1] = (gaps % _ESCAPE).to(torch.uint8)
+    packed = torch.full((int(ends[-1]),), more, dtype=gap_dtype)
+    packed[ends - 1] = (gaps % more).to(gap_dtype)
     return packed, torch.zeros_like(counts).index_add(0, torch.repeat_interleave(counts), lengths)
 
 
 def _decode_gaps(gaps: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of all entries, and the number of entries of each row."""
-    step, ends_entry = gaps.long(), gaps != _ESCAPE
+    step, ends_entry = gaps.long(), gaps != longest_gap(gaps.dtype)
     walked = (step + ends_entry).cumsum(0)
     row = torch.repeat_interleave(sizes)
     before = torch.cat([walked.new_zeros(1), walked])[sizes.cumsum(0) - sizes]

@@ -1,6 +1,6 @@
 """One task's replay samples and teacher signals as safetensors + JSON, memory-mapped on reading.
 
-Format 2. All samples of a task are concatenated, with offsets (n_samples + 1,) int64 to cut them apart:
+Format 3. All samples of a task are concatenated, with offsets (n_samples + 1,) int64 to cut them apart:
 
     input_ids, labels    int32 (tokens,)               token_offsets
     queries              int32 (queries,)              query_offsets
@@ -8,10 +8,7 @@ Format 2. All samples of a task are concatenated, with offsets (n_samples + 1,) 
     rows.remaining       float16 | float32 (rows,)
     rows.gaps            uint8 (places,)               rows.gap_offsets      distances between a row's sorted keys
     rows.values          (entries,)                    rows.value_offsets    8-bit log-probabilities, or floats
-    logits.sizes         int16 | int32 (answers,)      answer_offsets
-    logits.remaining     float16 | float32 (answers,)
-    logits.indices       int32 (entries,)              logits.value_offsets
-    logits.values        (entries,)
+    logits.*             the same six, a row for each answer token (answer_offsets); gaps int16
 
 ``codec`` says how a row is coded. May import ``samples``, ``codec``, ``heads``, ``attention``, ``losses``, ``errors``.
 """
@@ -34,16 +31,14 @@ from ..attention.rows import TeacherRows
 from ..errors import MemoryFormatError
 from ..heads import HeadSelection
 from ..losses import TeacherDistributions, answer_positions
-from .codec import PackedRows, SparseRows, StorageDtype, mass_bytes, pack, unpack, value_bytes
+from .codec import PackedRows, SparseRows, StorageDtype, longest_gap, mass_bytes, pack, unpack, value_bytes
 from .samples import ReplaySample
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS_FILE = "memory.safetensors"
 HEADER_FILE = "memory.json"
-_PARTS = {
-    "rows": ("sizes", "remaining", "gaps", "values", "gap_offsets", "value_offsets"),
-    "logits": ("sizes", "remaining", "indices", "values", "value_offsets"),
-}
+_PARTS = ("sizes", "remaining", "gaps", "values", "gap_offsets", "value_offsets")
+_GAP_DTYPES = {"rows": torch.uint8, "logits": torch.int16}
 
 
 @dataclass(frozen=True)
@@ -93,14 +88,16 @@ def estimate_bytes(
         n_rows = n_heads * len(visible)
         n_entries = min(n_rows * row_top_k, n_heads * int(visible.sum()))
         # Each entry has one place, and 255 keys passed over take one more.
-        gaps = n_entries + n_heads * int((visible // 256).sum())
+        gaps = n_entries + n_heads * int((visible // (longest_gap(_GAP_DTYPES["rows"]) + 1)).sum())
         answers = count_answers(sample) if logit_top_k else 0
         total += len(sample.input_ids) * 8 + len(visible) * 4
         total += n_rows * (size + mass) + n_entries * value + gaps
-        total += answers * (size + mass + min(logit_top_k, vocabulary) * (4 + value))
-    for present, entries, offsets in ((n_heads, 6, 2), (logit_top_k, 5, 1)):
+        n_entries = min(logit_top_k, vocabulary)
+        gaps = 2 * (n_entries + vocabulary // (longest_gap(_GAP_DTYPES["logits"]) + 1))
+        total += answers * (size + mass + n_entries * value + gaps)
+    for present in (n_heads, logit_top_k):
         if present:
-            total += 75 * entries + offsets * 8 * (len(samples) + 1)
+            total += 75 * len(_PARTS) + 2 * 8 * (len(samples) + 1)
     return total
 
 
@@ -158,11 +155,11 @@ class TaskMemory:
             queries = self._span("query_offsets", index)
             n_queries, n_heads = queries.stop - queries.start, self.selection.n_heads
             packed = self._packed("rows", slice(queries.start * n_heads, queries.stop * n_heads), index)
-            rows = _split_by_layer(unpack(packed, gap_coding=True), self.selection, n_queries)
+            rows = _split_by_layer(unpack(packed), self.selection, n_queries)
         logits = None
         if "logits.values" in self._names:
             packed = self._packed("logits", self._span("answer_offsets", index), index)
-            logits = TeacherDistributions(**vars(unpack(packed, gap_coding=False)))
+            logits = TeacherDistributions(**vars(unpack(packed)))
         return TeacherSignals(rows, logits)
 
     @classmethod
@@ -202,7 +199,7 @@ class TaskMemory:
     def _check_contents(self, path: Path) -> None:
         wanted = {"input_ids", "labels", "queries", "token_offsets", "query_offsets", "answer_offsets"}
         for kind, present in (("rows", bool(self.selection)), ("logits", "logits.values" in self._names)):
-            wanted |= {f"{kind}.{part}" for part in _PARTS[kind]} if present else set()
+            wanted |= {f"{kind}.{part}" for part in _PARTS} if present else set()
         missing = sorted(wanted - self._names)
         if missing:
             raise MemoryFormatError(
@@ -242,12 +239,10 @@ class TaskMemory:
         return self._file.get_slice(name)[span]
 
     def _packed(self, kind: str, rows: slice, index: int) -> PackedRows:
-        values = self._span(f"{kind}.value_offsets", index)
-        gaps = self._span("rows.gap_offsets", index) if kind == "rows" else values
         return PackedRows(
             self._read(f"{kind}.sizes", rows),
-            self._read(f"{kind}.{_PARTS[kind][2]}", gaps),
-            self._read(f"{kind}.values", values),
+            self._read(f"{kind}.gaps", self._span(f"{kind}.gap_offsets", index)),
+            self._read(f"{kind}.values", self._span(f"{kind}.value_offsets", index)),
             self._read(f"{kind}.remaining", rows),
         )
 
@@ -268,22 +263,22 @@ def _pack_signals(
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     if selection:
-        packed = [pack(_join_layers(signal.rows, selection), storage_dtype, gap_coding=True) for signal in signals]
-        tensors |= _concatenate("rows", packed)
-        tensors["rows.gap_offsets"] = _offsets(len(part.gaps) for part in packed)
+        tensors |= _pack_kind("rows", [_join_layers(signal.rows, selection) for signal in signals], storage_dtype)
     logits = [signal.logits for signal in signals if signal.logits is not None]
     if logits:
         rows = [SparseRows(part.indices, part.probabilities, part.remaining) for part in logits]
-        tensors |= _concatenate("logits", [pack(row, storage_dtype, gap_coding=False) for row in rows])
+        tensors |= _pack_kind("logits", rows, storage_dtype)
     return tensors
 
 
-def _concatenate(kind: str, parts: list[PackedRows]) -> dict[str, Tensor]:
+def _pack_kind(kind: str, samples: list[SparseRows], storage_dtype: StorageDtype) -> dict[str, Tensor]:
+    parts = [pack(rows, storage_dtype, _GAP_DTYPES[kind]) for rows in samples]
     return {
         f"{kind}.sizes": torch.cat([part.sizes for part in parts]),
         f"{kind}.remaining": torch.cat([part.remaining for part in parts]),
-        f"{kind}.{_PARTS[kind][2]}": torch.cat([part.gaps for part in parts]),
+        f"{kind}.gaps": torch.cat([part.gaps for part in parts]),
         f"{kind}.values": torch.cat([part.values for part in parts]),
+        f"{kind}.gap_offsets": _offsets(len(part.gaps) for part in parts),
         f"{kind}.value_offsets": _offsets(len(part.values) for part in parts),
     }
 
