@@ -15,8 +15,10 @@ sys.path.insert(0, str(ROOT))
 from core_models import fresh_peft  # noqa: E402
 
 from benchmarks.adversarial_tasks import write_tasks  # noqa: E402
+from benchmarks.architecture_bases import ARCHITECTURES, build_model  # noqa: E402
 from benchmarks.forgettability import _GRAFT, grafting, permutation_p, spearman  # noqa: E402
-from seekr_peft.attention.support import attention_modules  # noqa: E402
+from seekr_peft.attention.support import attention_modules, head_shape  # noqa: E402
+from seekr_peft.demo.train_base import train  # noqa: E402
 from seekr_peft.peak_memory import PeakMemory  # noqa: E402
 
 
@@ -141,3 +143,14 @@ def test_the_adversarial_tasks_contradict_one_another(shared, tmp_path):
         assert mirror["answer"] == flipped["answer"] and mirror["prompt"].endswith(news["prompt"])
         assert f"{letters['answer']} is {news['answer']}" in letters["prompt"]
         assert all(row["prompt"].startswith(row["instruction"]) for row in (news, letters, mirror, flipped))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_other_bases_have_the_shape_of_the_demos_and_can_be_trained(architecture, capsys):
+    model = build_model(architecture)
+    assert model.config.model_type == architecture
+    assert head_shape(model) == (4, 8) and model.config.hidden_size == 128
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    train(model, 3, batch_size=4, peak_rate=1e-3, seed=0)
+    assert "step 3/3  loss" in capsys.readouterr().out
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

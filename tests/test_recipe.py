@@ -426,20 +426,24 @@ def test_a_recipe_of_the_repository_names_its_own_command(path: Path) -> None:
     assert any(re.search(rf"#   .*seekr-peft {kind} {re.escape(relative)}( |$)", line) for line in header), header
 
 
+def empty_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name == "experiments"], ids=lambda p: p.name)
 def test_an_experiment_of_the_repository_has_three_seeds_and_recipes_without_a_mistake(
     path: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEEKR_SHARED", str(shared))
-    overrides = []
-    if path.stem in ("adversarial", "flipped"):
-        # Made by a command that the recipe names.
-        for name in ("news", "letters", "mirror", "flipped"):
-            (tmp_path / name).mkdir()
-            for split in ("train", "test"):
-                (tmp_path / name / f"{split}.jsonl").touch()
-        overrides = [f"tasks.path={tmp_path}"]
-    plan = plan_comparison(path, overrides)
+    monkeypatch.chdir(tmp_path)
+    # What is made by a command that a recipe names.
+    for name in ("news", "letters", "mirror", "flipped"):
+        for split in ("train", "test"):
+            empty_file(tmp_path / "runs" / "data" / "adversarial" / name / f"{split}.jsonl")
+    for name in ("gpt_neox", "qwen3"):
+        empty_file(tmp_path / "runs" / "data" / "bases" / name / "config.json")
+    plan = plan_comparison(path)
     assert len(plan.seeds) >= 3 and plan.baseline is not None
     assert plan.directory.parent == Path("runs/experiments")
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from seekr_peft.demo.words import base_lines, vocabulary
 
@@ -89,7 +89,7 @@ def encode_batch(lines: Sequence[tuple[list[str], list[str]]], ids: dict[str, in
     }
 
 
-def train(model: LlamaForCausalLM, steps: int, batch_size: int, peak_rate: float, seed: int) -> None:
+def train(model: PreTrainedModel, steps: int, batch_size: int, peak_rate: float, seed: int) -> None:
     """Train ``model`` in place on fresh lines each step; prints the loss, nats per answer token."""
     draw = random.Random(seed)
     ids = {token: index for index, token in enumerate(vocabulary())}
