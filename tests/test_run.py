@@ -112,7 +112,7 @@ def test_a_memory_names_its_samples_teacher_and_heads(finished: Path) -> None:
     for number, name in enumerate(TASKS, start=1):
         folder = finished / "tasks" / f"{number:02d}-{name}"
         header = read_json(folder / "memory.json")
-        assert (header["format"], header["task"], header["n_samples"]) == (2, name, 4)
+        assert (header["format"], header["task"], header["n_samples"]) == (3, name, 4)
         assert header["bytes"] == (folder / "memory.safetensors").stat().st_size
         assert header["bytes"] <= header["estimated_bytes"] < 1.5 * header["bytes"]
         assert header["teacher"]["loss"] > 0 and header["teacher"]["answer_entropy"] > 0
