@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from seekr_peft.demo.train_base import BOS, EOS, PAD, build_tokenizer, train
-from seekr_peft.demo.words import vocabulary
+from seekr_peft.demo.train_base import SHAPE, build_tokenizer, train
 
 ARCHITECTURES: dict[str, dict[str, object]] = {
     # Attention and MLP side by side, LayerNorm, biases. A quarter of a head of 16 would be too little to rotate.
@@ -25,19 +24,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
 
 def build_model(architecture: str) -> PreTrainedModel:
     """Untrained base of ``architecture`` with the shape of the demo's: 4 layers, 8 heads, hidden size 128."""
-    config = AutoConfig.for_model(
-        architecture,
-        vocab_size=len(vocabulary()),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        **ARCHITECTURES[architecture],
-    )
+    config = AutoConfig.for_model(architecture, **SHAPE, **ARCHITECTURES[architecture])
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 

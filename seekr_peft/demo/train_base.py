@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -24,6 +25,20 @@ from seekr_peft.demo.words import base_lines, vocabulary
 
 PAD, BOS, EOS, UNK = range(4)
 """Ids of the special tokens, the places they have in `vocabulary`."""
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": len(vocabulary()),
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 128,
+    # Untied: in a tied matrix the never seen cue words would all be pushed the same way and look alike.
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+"""What the base shares with those of other architectures that are trained on the same text."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -48,22 +63,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model() -> LlamaForCausalLM:
     """Untrained base model. All widths are multiples of 64, the block size of NF4."""
-    config = LlamaConfig(
-        vocab_size=len(vocabulary()),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=16,
-        max_position_embeddings=128,
-        # Untied: in a tied matrix the never seen cue words would all be pushed the same way and
-        # look alike.
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
+    config = LlamaConfig(**SHAPE, intermediate_size=256, num_key_value_heads=8, head_dim=16)
     return LlamaForCausalLM(config)
 
 
