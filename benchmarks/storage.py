@@ -1,6 +1,6 @@
 """Bytes and exactness of what is stored, and what reading it costs.
 
-python -m benchmarks.storage RUN  # what a finished run stored of its first task
+python -m benchmarks.storage RUN  # what a finished run stored of each of its tasks
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 from benchmarks.replay_step import make_sample
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention import TeacherRows
+from seekr_peft.attention.rows import sparse_rows
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import TeacherDistributions
 from seekr_peft.memory import TaskMemory, TeacherSignals, draw_queries, estimate_bytes
 from seekr_peft.memory.codec import SparseRows, pack, unpack
-from seekr_peft.scoring import sparse_rows
+from seekr_peft.memory.storage import GAP_DTYPES
 
 HEADS_7B, QUERIES = 128, 100
 
@@ -51,10 +52,10 @@ def kl_of_stored(folder: Path, text: str, length: int) -> dict[str, float]:
         exact = {layer: rows[0] for layer, rows in tap.rows.items()}
     config = SeekrConfig()
     kept = sparse_rows(exact, config.row_top_k, config.kept_mass)
-    rows = [(exact[layer], _round_trip(kept[layer], torch.uint8, config), queries + 1) for layer in exact]
+    rows = [(exact[layer], _round_trip(kept[layer], "rows", config), queries + 1) for layer in exact]
     row_kl = torch.cat([_spread_kl(dense, stored, visible).flatten() for dense, stored, visible in rows]).mean()
-    answers = TeacherDistributions.from_logits(logits, config.logit_top_k)
-    stored = _round_trip(TeacherRows(**vars(answers)), torch.int16, config)
+    answers = TeacherDistributions.from_logits(logits, config.logit_top_k, config.kept_mass)
+    stored = _round_trip(TeacherRows(**vars(answers)), "logits", config)
     probabilities = logits.softmax(-1)
     n_tokens = torch.full((len(queries),), logits.shape[-1])
     return {
@@ -65,30 +66,43 @@ def kl_of_stored(folder: Path, text: str, length: int) -> dict[str, float]:
     }
 
 
-def kl_of_run(run: Path) -> dict[str, float]:
-    """The same for what a finished run stored of its first task: its own samples, answers and selected heads."""
+def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
+    """The same by task for what a finished run stored: its own samples, answers and selected heads."""
     from peft import PeftModel
 
     from seekr_peft.modeling import load_model
     from seekr_peft.quantized import keep_differentiable
     from seekr_peft.recipe import load_recipe
 
-    folder = min((run / "tasks").iterdir())
-    model, _ = load_model(load_recipe(run / "recipe.yaml"))
-    model = PeftModel.from_pretrained(model.unload(), folder / "adapter").eval()
+    recipe = load_recipe(run / "recipe.yaml")
+    folders = sorted((run / "tasks").iterdir())
+    base, _ = load_model(recipe)
+    model = PeftModel.from_pretrained(base.unload(), folders[0] / "adapter", folders[0].name).eval()
     # The teacher was recorded without the rounding that bitsandbytes adds in eval mode on some CPUs.
     keep_differentiable(model)
-    memory = TaskMemory(folder)
+    found, teacher = {}, []
+    for folder in folders:
+        if teacher:
+            model.load_adapter(folder / "adapter", folder.name)
+        # The sum of the adapters up to this task, or the one that went on from the task before.
+        teacher = [*teacher, folder.name] if recipe.adapter.mode == "stack" else [folder.name]
+        model.base_model.set_adapter(teacher)
+        found[folder.name] = _kl_of_memory(model, TaskMemory(folder))
+    return found
+
+
+@torch.no_grad()
+def _kl_of_memory(teacher: Any, memory: TaskMemory) -> dict[str, float]:
     rows, row_entropies, answers, answer_entropies = [], [], [], []
     for index in range(len(memory)):
         sample, signals = memory.sample(index), memory.signals(index)
+        assert signals.logits is not None
         ids = sample.input_ids[None]
-        with torch.no_grad(), AttentionTap(model, memory.selection, queries=sample.queries[None]) as tap:
-            logits, _ = answer_logits(model, ids, torch.ones_like(ids), sample.labels[None])
+        with AttentionTap(teacher, memory.selection, queries=sample.queries[None]) as tap:
+            logits, _ = answer_logits(teacher, ids, torch.ones_like(ids), sample.labels[None])
         for layer, exact in tap.rows.items():
             rows.append(_spread_kl(exact[0], signals.rows[layer], sample.queries + 1).flatten())
             row_entropies.append(_entropy(exact[0]).flatten())
-        assert signals.logits is not None
         probabilities = logits.softmax(-1)
         stored = TeacherRows(**vars(signals.logits))
         answers.append(_spread_kl(probabilities, stored, torch.full((len(logits),), logits.shape[-1])))
@@ -130,10 +144,10 @@ def resident_growth(n_samples: int = 60) -> dict[str, float]:
         }
 
 
-def _round_trip(rows: TeacherRows, gap_dtype: torch.dtype, config: SeekrConfig) -> TeacherRows:
+def _round_trip(rows: TeacherRows, kind: str, config: SeekrConfig) -> TeacherRows:
     shape, k = rows.remaining.shape, rows.indices.shape[-1]
     flat = SparseRows(rows.indices.reshape(-1, k), rows.probabilities.reshape(-1, k), rows.remaining.reshape(-1))
-    back = unpack(pack(flat, config.storage_dtype, gap_dtype))
+    back = unpack(pack(flat, config.storage_dtype, GAP_DTYPES[kind]))
     return TeacherRows(
         back.indices.reshape(*shape, -1), back.probabilities.reshape(*shape, -1), back.remaining.reshape(shape)
     )

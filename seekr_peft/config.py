@@ -95,11 +95,13 @@ class SeekrConfig:
     """Entries stored per attention row, on average over a replay sample's rows: sharp rows leave theirs to broad ones.
     The rest of a row is stored as one remaining mass. Nothing is left out when it covers every key."""
 
-    logit_top_k: int = 64
-    """Entries stored per teacher distribution over the vocabulary, plus the remaining mass."""
+    logit_top_k: int = 1024
+    """Entries stored per teacher distribution over the vocabulary, on average over a replay sample's answer tokens,
+    plus the remaining mass. A teacher that is sure needs few; ``kept_mass`` says how few."""
 
     kept_mass: float = 0.995
-    """Share of an attention row's mass beyond which no more of its entries are stored, in (0, 1]."""
+    """Share of an attention row's or answer distribution's mass beyond which no more of its entries are stored, in
+    (0, 1]."""
 
     storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
     """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact."""

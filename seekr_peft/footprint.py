@@ -35,6 +35,8 @@ from .recipe import DEMO, Recipe, task_order
 from .tasks import read_tasks
 
 _ATTENTION = "seekr_footprint"
+_ENTRY_BYTES = 12
+"""Of a teacher's entry in a replay batch: an int64 index and a float32 probability."""
 _BYTES_OF_4_BIT_BLOCK = 64
 """bitsandbytes keeps one scale for so many 4-bit weights."""
 
@@ -107,7 +109,8 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     base += _scale_bytes(recipe, model) + sum(buffer.nbytes for buffer in model.buffers())
     method = recipe.method_config()
     attention = method.attention_distillation and "attention" in kind.teacher_signals
-    logits = method.logits_distillation and "logits" in kind.teacher_signals
+    distils_logits = method.logits_distillation and "logits" in kind.teacher_signals
+    logit_top_k = min(method.logit_top_k, int(config.get_text_config().vocab_size)) if distils_logits else 0
     sample = _sample(length, answers, method)
     phases = {"training": _training(recipe, model, length)}
     n_samples = per_sample = 0
@@ -119,8 +122,8 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
         if attention:
             n_heads = method.distilled_heads(len(attention_modules(model)), head_shape(model)[1])
         if kind.uses_replay:
-            per_sample = _sample_bytes(model, method, sample, n_heads, logits)
-        phases["replay"] = _replay(recipe, model, length, answers, n_heads, at_hand)
+            per_sample = _sample_bytes(model, method, sample, n_heads, logit_top_k)
+        phases["replay"] = _replay(recipe, model, length, answers, n_heads, logit_top_k, at_hand)
         if attention:
             phases["scoring"] = _scoring(recipe, model, sample, length, answers)
     phases["evaluation"] = _evaluation(recipe, model, length)
@@ -348,13 +351,11 @@ def _sample(length: int, answers: int, method: SeekrConfig) -> ReplaySample:
     return ReplaySample(torch.ones(length, dtype=torch.long), labels, queries)
 
 
-def _sample_bytes(model: Any, method: SeekrConfig, sample: ReplaySample, n_heads: int, logits: bool) -> int:
+def _sample_bytes(model: Any, method: SeekrConfig, sample: ReplaySample, n_heads: int, logit_top_k: int) -> int:
     """One sample's share of a large file."""
     vocabulary = int(model.config.get_text_config().vocab_size)
-    top_k = method.logit_top_k if logits else 0
-    one, two = (
-        estimate_bytes([sample] * n, n_heads, method.row_top_k, top_k, vocabulary, method.storage_dtype) for n in (1, 2)
-    )
+    top_k = method.row_top_k, logit_top_k
+    one, two = (estimate_bytes([sample] * n, n_heads, *top_k, vocabulary, method.storage_dtype) for n in (1, 2))
     return two - one
 
 
@@ -381,7 +382,7 @@ def _training(recipe: Recipe, model: Any, length: int) -> int:
     return _peak(model, lambda: model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward())
 
 
-def _replay(recipe: Recipe, model: Any, length: int, answers: int, n_heads: int, stored: int) -> int:
+def _replay(recipe: Recipe, model: Any, length: int, answers: int, n_heads: int, logit_top_k: int, stored: int) -> int:
     """Forward and backward on a replay batch, while the new task's gradient lies there."""
     method = recipe.method_config()
     batch_size = min(method.replay_batch_size, stored)
@@ -390,13 +391,14 @@ def _replay(recipe: Recipe, model: Any, length: int, answers: int, n_heads: int,
     batch = _tokens(batch_size, length)
     model.train()
     step = _peak(model, lambda: _answer_loss(model, batch, answers).backward())
+    step += batch_size * answers * logit_top_k * _ENTRY_BYTES
     if not n_heads:
         return step
     # Per selected head: its queries and keys, kept for the backward, and the teacher's entries with their indices.
     queries = min(method.query_budget or length, length)
     head_dim = _head_dim(model)
     size = compute_dtype(recipe.model).itemsize
-    kept = n_heads * ((queries + length) * head_dim * size + queries * (method.row_top_k * 12 + 12))
+    kept = n_heads * ((queries + length) * head_dim * size + queries * (method.row_top_k * _ENTRY_BYTES + 12))
     n_layers = len(attention_modules(model))
     rows = min(CHUNK_BYTES, -(-n_heads // n_layers) * queries * length * 4 * batch_size)
     masks = batch_size * n_layers * queries * length

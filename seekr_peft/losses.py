@@ -1,4 +1,4 @@
-"""The terms of the replay loss, pure functions of tensors. May import ``errors``.
+"""The terms of the replay loss, pure functions of tensors. May import ``attention.rows`` and ``errors``.
 
 Paper: lambda1 * L_replay + (1 - lambda1) * L_logits + lambda2 * L_attention.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .attention.rows import sparse_rows
 
 IGNORED = -100
 """Label of a position that carries no loss (transformers' convention)."""
@@ -28,13 +30,10 @@ class TeacherDistributions:
     remaining: Tensor
 
     @classmethod
-    def from_logits(cls, logits: Tensor, top_k: int) -> TeacherDistributions:
-        """The ``top_k`` largest probabilities of ``logits`` (n_answer, vocabulary); exact when k covers it."""
-        probabilities = logits.double().softmax(dim=-1)
-        kept, indices = probabilities.topk(min(top_k, logits.shape[-1]), dim=-1)
-        if top_k >= logits.shape[-1]:
-            return cls(indices, kept, torch.zeros_like(kept[:, 0]))
-        return cls(indices, kept, (1 - kept.sum(dim=-1)).clamp_min(0))
+    def from_logits(cls, logits: Tensor, top_k: int, kept_mass: float = 1.0) -> TeacherDistributions:
+        """The largest probabilities of ``logits`` (n_answer, vocabulary): ``top_k`` a position on average, and no more
+        than hold ``kept_mass``; exact when ``top_k`` covers the vocabulary."""
+        return cls(**vars(sparse_rows({0: logits.double().softmax(dim=-1)}, top_k, kept_mass)[0]))
 
 
 @dataclass(frozen=True)

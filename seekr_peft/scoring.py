@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterStack
-from .attention import AttentionTap, TeacherRows, head_shape
+from .attention import AttentionTap, head_shape
 from .attention.call import AttentionCall
-from .attention.rows import keep_largest, normalised
+from .attention.rows import normalised, sparse_rows
 from .attention.support import attention_modules, base_transformer
 from .config import Norm
 from .forward import answer_logits, evaluation_mode, model_device
@@ -24,9 +24,6 @@ from .losses import TeacherDistributions, answer_entropy, label_loss
 from .memory import ReplaySample, TeacherSignals
 
 Progress = Callable[[], None]
-
-_BROADEST = 4
-"""One row's entries at most, as a multiple of the average: a replay batch pads all rows of a layer to its broadest."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +91,10 @@ def teach(
 
     Args:
         heads: Whose rows to keep; empty for none.
-        row_top_k: Entries kept per row, on average over a sample's rows; one row has at most ``_BROADEST`` times as
+        row_top_k: Entries kept per row, on average over a sample's rows; one row has at most ``BROADEST`` times as
             many.
-        logit_top_k: Entries kept of each answer distribution; 0 keeps no logits.
-        kept_mass: Share of a row's mass beyond which no more of its entries are kept.
+        logit_top_k: The same of the answer distributions, on average over a sample's answer tokens; 0 keeps no logits.
+        kept_mass: Share of a row's or a distribution's mass beyond which no more of its entries are kept.
 
     Returns:
         The signals on the CPU, the mean loss and the mean answer entropy, both in nats per answer token.
@@ -107,12 +104,14 @@ def teach(
         for sample in samples:
             with AttentionTap(model, heads, queries=sample.queries[None]) as tap:
                 logits, targets = _logits_of(model, sample)
-                rows = sparse_rows(
-                    {layer: normalised(rows[0]) for layer, rows in tap.rows.items()}, row_top_k, kept_mass
-                )
+                exact = {layer: normalised(rows[0]) for layer, rows in tap.rows.items()}
+            rows = {
+                layer: kept.to(torch.device("cpu"), kept.probabilities.dtype)
+                for layer, kept in sparse_rows(exact, row_top_k, kept_mass).items()
+            }
             distributions = None
             if logit_top_k:
-                distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k)
+                distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k, kept_mass)
             signals.append(TeacherSignals(rows, distributions))
             losses.append(label_loss(logits, targets).cpu() * len(targets))
             entropies.append(answer_entropy(logits).sum().cpu())
@@ -176,17 +175,3 @@ def _logits_of(model: nn.Module, sample: ReplaySample) -> tuple[Tensor, Tensor]:
 def _norm(squares: Tensor, entries: int, norm: Norm) -> Tensor:
     squares = squares.double().cpu()
     return squares.sqrt() if norm == "frobenius" else squares / entries
-
-
-def sparse_rows(layers: dict[int, Tensor], row_top_k: int, kept_mass: float) -> dict[int, TeacherRows]:
-    """One sample's rows (heads, n_queries, T) by layer, on the CPU; exact when ``row_top_k`` covers every key."""
-    if all(row_top_k >= rows.shape[-1] for rows in layers.values()):
-        return {layer: _on_cpu(TeacherRows.from_dense(rows)) for layer, rows in layers.items()}
-    kept = {
-        layer: _on_cpu(TeacherRows.from_dense(rows, _BROADEST * row_top_k, kept_mass)) for layer, rows in layers.items()
-    }
-    return keep_largest(kept, row_top_k)
-
-
-def _on_cpu(rows: TeacherRows) -> TeacherRows:
-    return TeacherRows(rows.indices.cpu(), rows.probabilities.cpu(), rows.remaining.cpu())

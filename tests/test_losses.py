@@ -31,6 +31,12 @@ def random_logits(seed: int, scale: float = 2.0, dtype: torch.dtype = torch.floa
     return (scale * torch.randn(N_ANSWER, WORDS, generator=generator)).to(dtype)
 
 
+def largest(logits: Tensor, k: int) -> TeacherDistributions:
+    """The ``k`` largest entries of each position by itself."""
+    rows = [TeacherDistributions.from_logits(row[None], k) for row in logits]
+    return TeacherDistributions(*(torch.cat([vars(row)[part] for row in rows]) for part in vars(rows[0])))
+
+
 def slow_merged_kl(student: Tensor, teacher: Tensor, k: int) -> float:
     """Mean over positions of the KL between (the teacher's k largest entries, all the others as one bin)."""
     total = 0.0
@@ -127,14 +133,14 @@ def test_a_kl_of_two_words_by_hand() -> None:
 @pytest.mark.parametrize("k", [1, 2, 5, WORDS - 1, WORDS, WORDS + 9])
 def test_the_kl_with_a_remaining_mass_is_that_of_merged_bins(k: int) -> None:
     student, teacher = random_logits(3), random_logits(4)
-    loss = logits_kl(student, TeacherDistributions.from_logits(teacher, k))
+    loss = logits_kl(student, largest(teacher, k))
     assert float(loss) == pytest.approx(slow_merged_kl(student, teacher, k), rel=1e-10)
 
 
 @given(st.integers(1, WORDS), st.integers(0, 10**6))
 def test_fewer_entries_never_give_a_larger_kl_and_never_a_negative_one(k: int, seed: int) -> None:
     student, teacher = random_logits(seed), random_logits(seed + 1)
-    losses = [float(logits_kl(student, TeacherDistributions.from_logits(teacher, n))) for n in (k, WORDS)]
+    losses = [float(logits_kl(student, largest(teacher, n))) for n in (k, WORDS)]
     assert 0 <= losses[0] <= losses[1] + 1e-12
 
 
@@ -142,7 +148,7 @@ def test_fewer_entries_never_give_a_larger_kl_and_never_a_negative_one(k: int, s
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_identical_distributions_have_no_loss_and_no_gradient(k: int, dtype: torch.dtype) -> None:
     student = random_logits(5, dtype=dtype).requires_grad_()
-    loss = logits_kl(student, TeacherDistributions.from_logits(student.detach(), k))
+    loss = logits_kl(student, largest(student.detach(), k))
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert float(student.grad.abs().max()) < 1e-6
@@ -150,7 +156,7 @@ def test_identical_distributions_have_no_loss_and_no_gradient(k: int, dtype: tor
 
 @pytest.mark.parametrize("k", [1, 4, WORDS])
 def test_the_gradient_is_right(k: int) -> None:
-    teacher = TeacherDistributions.from_logits(random_logits(6), k)
+    teacher = largest(random_logits(6), k)
     student = random_logits(7).requires_grad_()
     assert torch.autograd.gradcheck(lambda logits: logits_kl(logits, teacher), (student,))
     logits_kl(student, teacher).backward()
@@ -159,13 +165,14 @@ def test_the_gradient_is_right(k: int) -> None:
 
 def test_the_teacher_gets_no_gradient() -> None:
     logits = random_logits(8).requires_grad_()
-    teacher = TeacherDistributions.from_logits(logits.detach(), 3)
+    teacher = largest(logits.detach(), 3)
     assert not any(part.requires_grad for part in (teacher.probabilities, teacher.remaining))
 
 
 def test_an_absent_entry_changes_neither_value_nor_gradient_whatever_token_it_names() -> None:
-    teacher = TeacherDistributions.from_logits(random_logits(9), 3)
-    assert (teacher.indices != 0).all(dim=-1).any(), "some position must have token 0 among the others"
+    teacher = largest(random_logits(9), 3)
+    names_0 = ((teacher.indices == 0) & (teacher.probabilities > 0)).any(dim=-1)
+    assert not names_0.all(), "some position must have token 0 among the others"
     padded = TeacherDistributions(
         F.pad(teacher.indices, (0, 2)), F.pad(teacher.probabilities, (0, 2)), teacher.remaining
     )
@@ -199,10 +206,39 @@ def test_a_covered_position_beside_one_with_a_remaining_mass_gives_no_nan() -> N
 def test_top_k_keeps_the_largest_entries_and_the_mass_of_the_others() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).log()  # probabilities 1/6, 3/6, 2/6, 0
     kept = TeacherDistributions.from_logits(logits, 2)
-    assert kept.indices.tolist() == [[1, 2]]
-    torch.testing.assert_close(kept.probabilities, torch.tensor([[1 / 2, 1 / 3]]).double(), rtol=1e-6, atol=0)
+    present = kept.probabilities > 0
+    assert kept.indices[present].tolist() == [1, 2]
+    torch.testing.assert_close(kept.probabilities[present], torch.tensor([1 / 2, 1 / 3]).double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(kept.remaining, torch.tensor([1 / 6]).double(), rtol=1e-6, atol=0)
     assert TeacherDistributions.from_logits(logits, 4).remaining.tolist() == [0.0]
+
+
+def test_a_sure_position_leaves_its_entries_to_an_unsure_one() -> None:
+    sure, unsure = [0.97, 0.01, 0.01, 0.01], [0.4, 0.3, 0.2, 0.1]
+    logits = torch.tensor([sure, unsure]).double().log()
+    kept = TeacherDistributions.from_logits(logits, 2)
+    assert (kept.probabilities > 0).sum(dim=-1).tolist() == [1, 3]
+    torch.testing.assert_close(kept.remaining, torch.tensor([0.03, 0.1]).double(), rtol=1e-6, atol=0)
+
+
+def test_no_more_entries_are_kept_than_hold_the_mass() -> None:
+    logits = torch.tensor([[0.6, 0.3, 0.06, 0.03, 0.01], [0.2, 0.2, 0.2, 0.2, 0.2]]).double().log()
+    kept = TeacherDistributions.from_logits(logits, 4, kept_mass=0.9)
+    assert (kept.probabilities > 0).sum(dim=-1).tolist() == [2, 5]
+    torch.testing.assert_close(kept.remaining, torch.tensor([0.1, 0.0]).double(), rtol=1e-6, atol=1e-12)
+
+
+@given(st.integers(1, WORDS - 1), st.floats(0.3, 1.0), st.integers(0, 10**6))
+def test_the_entries_kept_are_within_the_budget_and_account_for_all_mass(k: int, mass: float, seed: int) -> None:
+    logits = random_logits(seed, scale=4.0)
+    kept = TeacherDistributions.from_logits(logits, k, mass)
+    present = kept.probabilities > 0
+    assert int(present.sum()) <= k * N_ANSWER
+    torch.testing.assert_close(kept.probabilities.sum(-1) + kept.remaining, torch.ones(N_ANSWER).double())
+    exact = logits.softmax(-1).gather(-1, kept.indices)
+    torch.testing.assert_close(kept.probabilities, torch.where(present, exact, 0))
+    if int(present.sum()) < k * N_ANSWER and 4 * k >= WORDS:
+        assert (kept.remaining <= 1 - mass + 1e-12).all(), "entries were left out that the budget had room for"
 
 
 def test_the_terms_are_combined_by_hand() -> None:

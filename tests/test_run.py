@@ -118,7 +118,7 @@ def test_a_memory_names_its_samples_teacher_and_heads(finished: Path) -> None:
         assert header["teacher"]["loss"] > 0 and header["teacher"]["answer_entropy"] > 0
         # Three quarters of 4 layers, an eighth of 32 heads.
         assert sum(map(len, header["selection"].values())) == 4
-        assert (header["row_top_k"], header["logit_top_k"], header["kept_mass"]) == (32, 64, 0.995)
+        assert (header["row_top_k"], header["logit_top_k"], header["kept_mass"]) == (32, 1024, 0.995)
         # A cue, seven words, "=", beginning, answer and end.
         assert header["queries_per_sample"] == len(load_file(folder / "memory.safetensors")["input_ids"]) // 4
 

@@ -20,6 +20,9 @@ Result = TypeVar("Result")
 CHUNK_BYTES = 32 * 2**20
 """Upper limit of one chunk of row logits, in bytes; a longer list of queries is split."""
 
+BROADEST = 4
+"""One stored row's entries at most, as a multiple of the average: a replay batch pads all rows to its broadest."""
+
 
 @dataclass(frozen=True)
 class RowInputs:
@@ -80,6 +83,15 @@ class TeacherRows:
         return TeacherRows(
             self.indices.to(device), self.probabilities.to(device, dtype), self.remaining.to(device, dtype)
         )
+
+
+def sparse_rows(layers: dict[int, Tensor], per_row: int, kept_mass: float = 1.0) -> dict[int, TeacherRows]:
+    """Rows (..., n_keys) by layer as their largest entries: ``per_row`` on average over all of them, at most
+    ``BROADEST`` times as many in one, and no more than hold ``kept_mass``. Exact when ``per_row`` covers every key."""
+    if all(per_row >= rows.shape[-1] for rows in layers.values()):
+        return {layer: TeacherRows.from_dense(rows) for layer, rows in layers.items()}
+    kept = {layer: TeacherRows.from_dense(rows, BROADEST * per_row, kept_mass) for layer, rows in layers.items()}
+    return keep_largest(kept, per_row)
 
 
 def keep_largest(layers: dict[int, TeacherRows], per_row: int) -> dict[int, TeacherRows]:

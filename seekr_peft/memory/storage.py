@@ -38,7 +38,8 @@ FORMAT = 3
 WEIGHTS_FILE = "memory.safetensors"
 HEADER_FILE = "memory.json"
 _PARTS = ("sizes", "remaining", "gaps", "values", "gap_offsets", "value_offsets")
-_GAP_DTYPES = {"rows": torch.uint8, "logits": torch.int16}
+GAP_DTYPES = {"rows": torch.uint8, "logits": torch.int16}
+"""Keys lie close together, tokens of a vocabulary do not."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def estimate_bytes(
     Args:
         n_heads: Selected heads over all layers; 0 without attention rows.
         row_top_k: Entries per row, on average over a sample's rows.
-        logit_top_k: 0 without logits.
+        logit_top_k: Entries per answer token, on average over a sample's; 0 without logits.
     """
     value, mass, size = value_bytes(storage_dtype), mass_bytes(storage_dtype), 2
     total = 24 * (len(samples) + 1) + 8 + 75 * 6
@@ -88,12 +89,12 @@ def estimate_bytes(
         n_rows = n_heads * len(visible)
         n_entries = min(n_rows * row_top_k, n_heads * int(visible.sum()))
         # Each entry has one place, and 255 keys passed over take one more.
-        gaps = n_entries + n_heads * int((visible // (longest_gap(_GAP_DTYPES["rows"]) + 1)).sum())
+        gaps = n_entries + n_heads * int((visible // (longest_gap(GAP_DTYPES["rows"]) + 1)).sum())
         answers = count_answers(sample) if logit_top_k else 0
         total += len(sample.input_ids) * 8 + len(visible) * 4
         total += n_rows * (size + mass) + n_entries * value + gaps
         n_entries = min(logit_top_k, vocabulary)
-        gaps = 2 * (n_entries + vocabulary // (longest_gap(_GAP_DTYPES["logits"]) + 1))
+        gaps = 2 * (n_entries + vocabulary // (longest_gap(GAP_DTYPES["logits"]) + 1))
         total += answers * (size + mass + n_entries * value + gaps)
     for present in (n_heads, logit_top_k):
         if present:
@@ -272,7 +273,7 @@ def _pack_signals(
 
 
 def _pack_kind(kind: str, samples: list[SparseRows], storage_dtype: StorageDtype) -> dict[str, Tensor]:
-    parts = [pack(rows, storage_dtype, _GAP_DTYPES[kind]) for rows in samples]
+    parts = [pack(rows, storage_dtype, GAP_DTYPES[kind]) for rows in samples]
     return {
         f"{kind}.sizes": torch.cat([part.sizes for part in parts]),
         f"{kind}.remaining": torch.cat([part.remaining for part in parts]),
