@@ -1,4 +1,4 @@
-"""The demo's base in other architectures, for the experiments that compare them.
+"""The demo's base trained three times as long, and in other architectures, for the experiments that compare them.
 
 python -m benchmarks.architecture_bases runs/data/bases  # a folder for each of ARCHITECTURES, ten minutes each
 """
@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from seekr_peft.demo.train_base import SHAPE, build_tokenizer, train
+from seekr_peft.demo.train_base import LLAMA, SHAPE, build_tokenizer, train
 
 ARCHITECTURES: dict[str, dict[str, object]] = {
+    # The demo's own.
+    "llama": LLAMA,
     # Attention and MLP side by side, LayerNorm, biases. A quarter of a head of 16 would be too little to rotate.
     "gpt_neox": {"intermediate_size": 512, "rope_parameters": {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0}},
     # Heads that share keys, norms on q and k.
     "qwen3": {"intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 16},
 }
-"""What differs from the demo's Llama beyond the architecture itself; layers, heads and widths are the same."""
+"""What each needs beyond the layers, heads and widths that are the same for all."""
 
 
 def build_model(architecture: str) -> PreTrainedModel:

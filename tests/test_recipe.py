@@ -441,7 +441,7 @@ def test_an_experiment_of_the_repository_has_three_seeds_and_recipes_without_a_m
     for name in ("news", "letters", "mirror", "flipped"):
         for split in ("train", "test"):
             empty_file(tmp_path / "runs" / "data" / "adversarial" / name / f"{split}.jsonl")
-    for name in ("gpt_neox", "qwen3"):
+    for name in ("llama", "gpt_neox", "qwen3"):
         empty_file(tmp_path / "runs" / "data" / "bases" / name / "config.json")
     plan = plan_comparison(path)
     assert len(plan.seeds) >= 3 and plan.baseline is not None

@@ -40,6 +40,9 @@ SHAPE: dict[str, Any] = {
 }
 """What the base shares with those of other architectures that are trained on the same text."""
 
+LLAMA: dict[str, Any] = {"intermediate_size": 256, "num_key_value_heads": 8, "head_dim": 16}
+"""What a Llama needs beside that."""
+
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level tokenizer: one token a word, ``<bos>`` in front, decoded with spaces between."""
@@ -63,8 +66,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model() -> LlamaForCausalLM:
     """Untrained base model. All widths are multiples of 64, the block size of NF4."""
-    config = LlamaConfig(**SHAPE, intermediate_size=256, num_key_value_heads=8, head_dim=16)
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **LLAMA))
 
 
 def encode_batch(lines: Sequence[tuple[list[str], list[str]]], ids: dict[str, int]) -> dict[str, torch.Tensor]:
