@@ -28,7 +28,7 @@ from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention.rows import kl_of_rows
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import combine, label_loss, logits_kl
-from seekr_peft.memory import ReplayBatch, ReplaySample, TaskMemory, collate, draw_queries
+from seekr_peft.memory import PackedSignals, ReplayBatch, ReplaySample, TaskMemory, collate, draw_queries
 from seekr_peft.peak_memory import PeakMemory
 from seekr_peft.scoring import teach
 
@@ -184,7 +184,15 @@ def extra_peak(length: int, device: str) -> int:
 def taught_batch(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> tuple[ReplayBatch, int, int]:
     """The replay batch as read back from disk, its bytes there, and the bytes of dense float32 rows and logits."""
     config = SeekrConfig()
-    signals, _, _ = teach(model, [sample], heads, config.row_top_k, config.logit_top_k, config.kept_mass)
+    signals, _, _ = teach(
+        model,
+        [sample],
+        heads,
+        config.row_top_k,
+        config.logit_top_k,
+        config.kept_mass,
+        keep=lambda found: PackedSignals.of(found, heads, config.storage_dtype),
+    )
     with TemporaryDirectory() as directory:
         memory = TaskMemory.write(Path(directory), "benchmark", [sample], signals, heads)
         batch = collate([memory.sample(0)], [heads], [memory.signals(0)])

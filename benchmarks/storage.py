@@ -21,7 +21,7 @@ from seekr_peft.attention import TeacherRows
 from seekr_peft.attention.rows import sparse_rows
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import TeacherDistributions
-from seekr_peft.memory import TaskMemory, TeacherSignals, draw_queries, estimate_bytes
+from seekr_peft.memory import PackedSignals, TaskMemory, TeacherSignals, draw_queries, estimate_bytes
 from seekr_peft.memory.codec import SparseRows, pack, unpack
 from seekr_peft.memory.storage import GAP_DTYPES
 
@@ -84,7 +84,7 @@ def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
     for folder in folders:
         if teacher:
             model.load_adapter(folder / "adapter", folder.name)
-        # The sum of the adapters up to this task, or the one that went on from the task before.
+        # The sum of the adapters up to this task (up to rank_limit), or the one that went on from the task before.
         teacher = [*teacher, folder.name] if recipe.adapter.mode == "stack" else [folder.name]
         model.base_model.set_adapter(teacher)
         found[folder.name] = _kl_of_memory(model, TaskMemory(folder))
@@ -130,8 +130,9 @@ def resident_growth(n_samples: int = 60) -> dict[str, float]:
     }
     config = SeekrConfig()
     signals = TeacherSignals(sparse_rows(rows, config.row_top_k, config.kept_mass), None)
+    packed = PackedSignals.of(signals, heads, config.storage_dtype)
     with TemporaryDirectory() as folder:
-        TaskMemory.write(Path(folder), "task", [sample] * n_samples, [signals] * n_samples, heads)
+        TaskMemory.write(Path(folder), "task", [sample] * n_samples, [packed] * n_samples, heads)
         TaskMemory(Path(folder)).signals(0)  # libraries' own buffers
         before = _resident()
         memory = TaskMemory(Path(folder))

@@ -97,7 +97,8 @@ class SeekrConfig:
 
     logit_top_k: int = 1024
     """Entries stored per teacher distribution over the vocabulary, on average over a replay sample's answer tokens,
-    plus the remaining mass. A teacher that is sure needs few; ``kept_mass`` says how few."""
+    plus the remaining mass. A teacher that is sure needs few; ``kept_mass`` says how few. Nothing is left out when it
+    covers the vocabulary."""
 
     kept_mass: float = 0.995
     """Share of an attention row's or answer distribution's mass beyond which no more of its entries are stored, in

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from .adapters import resolved_rank_limit
-from .attention.rows import CHUNK_BYTES
+from .attention.rows import BROADEST, CHUNK_BYTES
 from .attention.support import attention_modules, head_shape
 from .config import SeekrConfig
 from .errors import ConfigError
@@ -35,8 +35,6 @@ from .recipe import DEMO, Recipe, task_order
 from .tasks import read_tasks
 
 _ATTENTION = "seekr_footprint"
-_ENTRY_BYTES = 12
-"""Of a teacher's entry in a replay batch: an int64 index and a float32 probability."""
 _BYTES_OF_4_BIT_BLOCK = 64
 """bitsandbytes keeps one scale for so many 4-bit weights."""
 
@@ -110,7 +108,7 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     method = recipe.method_config()
     attention = method.attention_distillation and "attention" in kind.teacher_signals
     distils_logits = method.logits_distillation and "logits" in kind.teacher_signals
-    logit_top_k = min(method.logit_top_k, int(config.get_text_config().vocab_size)) if distils_logits else 0
+    logit_top_k = method.logit_top_k if distils_logits else 0
     sample = _sample(length, answers, method)
     phases = {"training": _training(recipe, model, length)}
     n_samples = per_sample = 0
@@ -391,14 +389,15 @@ def _replay(recipe: Recipe, model: Any, length: int, answers: int, n_heads: int,
     batch = _tokens(batch_size, length)
     model.train()
     step = _peak(model, lambda: _answer_loss(model, batch, answers).backward())
-    step += batch_size * answers * logit_top_k * _ENTRY_BYTES
+    # Entries in a batch are padded to the broadest row.
+    step += batch_size * answers * _entry_bytes(logit_top_k, int(model.config.get_text_config().vocab_size))
     if not n_heads:
         return step
     # Per selected head: its queries and keys, kept for the backward, and the teacher's entries with their indices.
     queries = min(method.query_budget or length, length)
     head_dim = _head_dim(model)
     size = compute_dtype(recipe.model).itemsize
-    kept = n_heads * ((queries + length) * head_dim * size + queries * (method.row_top_k * _ENTRY_BYTES + 12))
+    kept = n_heads * ((queries + length) * head_dim * size + queries * (_entry_bytes(method.row_top_k, length) + 12))
     n_layers = len(attention_modules(model))
     rows = min(CHUNK_BYTES, -(-n_heads // n_layers) * queries * length * 4 * batch_size)
     masks = batch_size * n_layers * queries * length
@@ -448,6 +447,11 @@ def _answer_loss(model: Any, batch: dict[str, Tensor], answers: int) -> Tensor:
     targets = torch.zeros(logits.shape[0], dtype=torch.long, device="meta")
     # The labels' and the teacher's term each need the distribution.
     return F.cross_entropy(logits.float(), targets) + logits.float().log_softmax(dim=-1).mean()
+
+
+def _entry_bytes(top_k: int, n_possible: int) -> int:
+    """Of a teacher's row in a replay batch, padded to the broadest: an int64 index and a float32 probability each."""
+    return 12 * min(BROADEST * top_k, n_possible)
 
 
 def _head_dim(model: Any) -> int:

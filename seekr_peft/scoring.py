@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,9 @@ def teach(
     row_top_k: int,
     logit_top_k: int,
     kept_mass: float = 1.0,
+    keep: Callable[[TeacherSignals], Any] = lambda signals: signals,
     progress: Progress | None = None,
-) -> tuple[list[TeacherSignals], float, float]:
+) -> tuple[list[Any], float, float]:
     """Record the present model as the teacher of ``samples``.
 
     Args:
@@ -95,9 +97,12 @@ def teach(
             many.
         logit_top_k: The same of the answer distributions, on average over a sample's answer tokens; 0 keeps no logits.
         kept_mass: Share of a row's or a distribution's mass beyond which no more of its entries are kept.
+        keep: What to keep of each sample's signals, such as ``PackedSignals.of``: as they are they take ten times the
+            room, padded to the broadest.
 
     Returns:
-        The signals on the CPU, the mean loss and the mean answer entropy, both in nats per answer token.
+        What ``keep`` gave of each sample's signals (on the CPU), the mean loss and the mean answer entropy, both in
+        nats per answer token.
     """
     signals, losses, entropies = [], [], []
     with evaluation_mode(model):
@@ -112,7 +117,7 @@ def teach(
             distributions = None
             if logit_top_k:
                 distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k, kept_mass)
-            signals.append(TeacherSignals(rows, distributions))
+            signals.append(keep(TeacherSignals(rows, distributions)))
             losses.append(label_loss(logits, targets).cpu() * len(targets))
             entropies.append(answer_entropy(logits).sum().cpu())
             if progress:

@@ -123,6 +123,16 @@ def test_each_phase_is_predicted_within_ten_per_cent(tmp_path: Path, quantizatio
     assert 0.99 * sample_bytes <= footprint.bytes_per_sample <= 1.2 * sample_bytes
 
 
+def test_a_replay_batch_counts_its_teachers_entries_padded_to_the_broadest(tmp_path: Path) -> None:
+    """3 samples of 8 answers: four times the average of 10 entries a token, then every word of the vocabulary."""
+    one, ten, all_words = (
+        estimate_footprint(load_recipe(recipe(tmp_path).to_dict(), [f"method.logit_top_k={k}"])).phases["replay"]
+        for k in (1, 10, 256)
+    )
+    assert ten - one == 3 * ANSWERS * 12 * 4 * (10 - 1)
+    assert all_words - one == 3 * ANSWERS * 12 * (256 - 4)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("replay_logits", {}), ("replay", {}), ("seekr", {"logits_distillation": False})],

@@ -24,6 +24,7 @@ from seekr_peft.errors import DataError, MemoryFormatError
 from seekr_peft.heads import HeadSelection
 from seekr_peft.losses import TeacherDistributions
 from seekr_peft.memory import (
+    PackedSignals,
     ReplayMemory,
     ReplaySample,
     TaskMemory,
@@ -67,11 +68,15 @@ def make_signals(
     return signals
 
 
+def packed(signals: list[TeacherSignals], selection: HeadSelection, dtype: Any = "uint8") -> list[PackedSignals]:
+    return [PackedSignals.of(signal, selection, dtype) for signal in signals]
+
+
 def write(directory: Path, n: int = 4, dtype: str = "float32", **options: Any) -> tuple[TaskMemory, list, list]:
     samples = make_samples(n)
     signals = make_signals(samples, **options)
     quality = TeacherQuality(0.25, 0.5, True)
-    memory = TaskMemory.write(directory, "task", samples, signals, SELECTION, quality, dtype)
+    memory = TaskMemory.write(directory, "task", samples, packed(signals, SELECTION, dtype), SELECTION, quality)
     return memory, samples, signals
 
 
@@ -238,7 +243,7 @@ def test_few_entries_in_few_bits_keep_their_values_and_a_mass_of_one(
 def test_what_the_teacher_was_worth_and_further_fields_are_in_the_header(tmp_path: Path) -> None:
     samples = make_samples(2)
     quality = TeacherQuality(0.25, 0.5, True)
-    memory = TaskMemory.write(tmp_path, "a", samples, None, None, quality, header={"row_top_k": 64})
+    memory = TaskMemory.write(tmp_path, "a", samples, quality=quality, header={"row_top_k": 64})
     assert memory.quality == quality
     header = json.loads((tmp_path / "memory.json").read_text())
     assert header["row_top_k"] == 64 and header["n_samples"] == 2 and header["selection"] is None
@@ -265,7 +270,9 @@ def test_reading_a_sample_of_a_large_file_reads_only_its_own_bytes(tmp_path: Pat
     samples = [ReplaySample(torch.ones(length, dtype=torch.long), labels, torch.arange(length)) for _ in range(n)]
     row = TeacherRows.from_dense(torch.rand(heads, length, length).softmax(-1), 64)
     selection = HeadSelection({0: range(heads)})
-    memory = TaskMemory.write(tmp_path, "a", samples, [TeacherSignals({0: row}, None)] * n, selection)
+    memory = TaskMemory.write(
+        tmp_path, "a", samples, packed([TeacherSignals({0: row}, None)], selection) * n, selection
+    )
     memory = TaskMemory(tmp_path)
     assert memory.bytes > 16e6
     before = resident_bytes()
@@ -298,7 +305,7 @@ def test_the_estimate_before_anything_is_computed_is_within_five_per_cent_and_ne
     signals = make_signals(samples, row_top_k=99, logit_top_k=logit_top_k)
     if row_top_k < 99:
         signals = [replace(signal, rows=keep_largest(signal.rows, row_top_k)) for signal in signals]
-    memory = TaskMemory.write(tmp_path, "task", samples, signals, SELECTION, None, dtype)
+    memory = TaskMemory.write(tmp_path, "task", samples, packed(signals, SELECTION, dtype), SELECTION)
     estimate = estimate_bytes(samples, SELECTION.n_heads, row_top_k, logit_top_k, VOCABULARY, dtype)
     assert memory.bytes <= estimate <= 1.05 * memory.bytes
 

@@ -259,6 +259,26 @@ def test_the_teachers_entropy_and_its_top_k_are_those_of_its_answer_distribution
     assert signals.logits.remaining.min() > 0
 
 
+@torch.no_grad()
+def test_no_more_of_an_answer_distribution_is_kept_than_holds_the_mass() -> None:
+    stack, (sample,) = make_stack(), make_samples(1)
+    (signals,), _, _ = teach(stack.model, [sample], EVERY_HEAD, 4, VOCABULARY - 1, kept_mass=0.8)
+    positions = [i - 1 for i, label in enumerate(sample.labels.tolist()) if label != -100]
+    probabilities = stack.model(input_ids=sample.input_ids[None]).logits[0, positions].double().softmax(-1)
+    ordered = probabilities.sort(dim=-1, descending=True).values.cumsum(-1)
+    needed = 1 + (ordered < 0.8).sum(dim=-1)
+    assert (needed < VOCABULARY // 2).all()
+    assert torch.equal((signals.logits.probabilities > 0).sum(dim=-1), needed)
+
+
+def test_what_is_kept_of_each_samples_signals_is_what_keep_gives() -> None:
+    samples = make_samples(2)
+    kept, _, _ = teach(
+        make_stack().model, samples, EVERY_HEAD, 4, 4, keep=lambda signals: len(signals.logits.remaining)
+    )
+    assert kept == [len(signal_targets(sample)) for sample in samples]
+
+
 @pytest.mark.parametrize("kept_mass", [1.0, 0.9])
 def test_the_teachers_rows_are_the_largest_entries_over_all_the_selected_heads(kept_mass: float) -> None:
     """At most 3 entries a row on average and 12 in one row, none beyond a row's mass."""

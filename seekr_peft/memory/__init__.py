@@ -3,10 +3,11 @@
 from .batch import LayerTeacher, ReplayBatch, collate
 from .memory import ReplayMemory
 from .samples import ReplaySample, choose_queries, choose_samples, draw_queries, replay_count
-from .storage import TaskMemory, TeacherQuality, TeacherSignals, estimate_bytes
+from .storage import PackedSignals, TaskMemory, TeacherQuality, TeacherSignals, estimate_bytes
 
 __all__ = [
     "LayerTeacher",
+    "PackedSignals",
     "ReplayBatch",
     "ReplayMemory",
     "ReplaySample",

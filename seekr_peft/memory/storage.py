@@ -52,6 +52,22 @@ class TeacherSignals:
 
 
 @dataclass(frozen=True)
+class PackedSignals:
+    """The same in the bytes that they take on disk: ``rows`` by layer, then selected head, then query."""
+
+    rows: PackedRows | None
+    logits: PackedRows | None
+
+    @classmethod
+    def of(cls, signals: TeacherSignals, selection: HeadSelection, storage_dtype: StorageDtype) -> PackedSignals:
+        """Pack ``signals``, whose rows are those of the heads in ``selection``."""
+        rows, logits = None, signals.logits
+        if selection:
+            rows = pack(_join_layers(signals.rows, selection), storage_dtype, GAP_DTYPES["rows"])
+        return cls(rows, pack(SparseRows(**vars(logits)), storage_dtype, GAP_DTYPES["logits"]) if logits else None)
+
+
+@dataclass(frozen=True)
 class TeacherQuality:
     """The teacher on its own replay samples: mean ``loss`` and ``answer_entropy``, nats per answer token."""
 
@@ -169,18 +185,20 @@ class TaskMemory:
         directory: Path,
         name: str,
         samples: Sequence[ReplaySample],
-        signals: Sequence[TeacherSignals] | None = None,
+        signals: Sequence[PackedSignals] = (),
         selection: HeadSelection | None = None,
         quality: TeacherQuality | None = None,
-        storage_dtype: StorageDtype = "uint8",
         header: dict[str, Any] | None = None,
     ) -> TaskMemory:
-        """Write ``memory.safetensors`` and ``memory.json`` into ``directory``; ``header`` adds further JSON fields."""
+        """Write ``memory.safetensors`` and ``memory.json`` into ``directory``; ``header`` adds further JSON fields.
+
+        ``signals``: of each sample, or none at all.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = _pack_samples(samples)
-        if signals is not None:
-            tensors |= _pack_signals(signals, selection or HeadSelection({}), storage_dtype)
+        tensors = _join_samples(samples)
+        tensors |= _join_packed("rows", [signal.rows for signal in signals if signal.rows is not None])
+        tensors |= _join_packed("logits", [signal.logits for signal in signals if signal.logits is not None])
         save_file(tensors, directory / WEIGHTS_FILE)
         teacher = {"loss": None, "answer_entropy": None, "worth_imitating": None}
         if quality is not None:
@@ -248,7 +266,7 @@ class TaskMemory:
         )
 
 
-def _pack_samples(samples: Sequence[ReplaySample]) -> dict[str, Tensor]:
+def _join_samples(samples: Sequence[ReplaySample]) -> dict[str, Tensor]:
     return {
         "input_ids": torch.cat([sample.input_ids for sample in samples]).int(),
         "labels": torch.cat([sample.labels for sample in samples]).int(),
@@ -259,21 +277,9 @@ def _pack_samples(samples: Sequence[ReplaySample]) -> dict[str, Tensor]:
     }
 
 
-def _pack_signals(
-    signals: Sequence[TeacherSignals], selection: HeadSelection, storage_dtype: StorageDtype
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    if selection:
-        tensors |= _pack_kind("rows", [_join_layers(signal.rows, selection) for signal in signals], storage_dtype)
-    logits = [signal.logits for signal in signals if signal.logits is not None]
-    if logits:
-        rows = [SparseRows(part.indices, part.probabilities, part.remaining) for part in logits]
-        tensors |= _pack_kind("logits", rows, storage_dtype)
-    return tensors
-
-
-def _pack_kind(kind: str, samples: list[SparseRows], storage_dtype: StorageDtype) -> dict[str, Tensor]:
-    parts = [pack(rows, storage_dtype, GAP_DTYPES[kind]) for rows in samples]
+def _join_packed(kind: str, parts: list[PackedRows]) -> dict[str, Tensor]:
+    if not parts:
+        return {}
     return {
         f"{kind}.sizes": torch.cat([part.sizes for part in parts]),
         f"{kind}.remaining": torch.cat([part.remaining for part in parts]),

@@ -19,7 +19,7 @@ from ..errors import CaptureError, MemoryFormatError
 from ..forward import answer_logits
 from ..heads import HeadSelection, ImportanceRecord
 from ..losses import ReplayTerms, combine, label_loss, logits_kl
-from ..memory import ReplayBatch, TaskMemory, TeacherQuality, estimate_bytes
+from ..memory import PackedSignals, ReplayBatch, TaskMemory, TeacherQuality, estimate_bytes
 from ..scoring import score_heads, teach
 from .base import logger
 from .replay import Replay
@@ -75,6 +75,7 @@ class Seekr(Replay):
             config.row_top_k,
             config.logit_top_k if config.logits_distillation else 0,
             config.kept_mass,
+            keep=lambda signals: PackedSignals.of(signals, selection, config.storage_dtype),
         )
         worth = loss <= config.teacher_loss_limit and entropy <= config.teacher_entropy_limit
         if not worth:
@@ -92,7 +93,6 @@ class Seekr(Replay):
             signals,
             selection,
             TeacherQuality(loss, entropy, worth),
-            config.storage_dtype,
             {
                 "estimated_bytes": estimate,
                 "queries_per_sample": max(len(sample.queries) for sample in self._samples),
