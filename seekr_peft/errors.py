@@ -10,10 +10,10 @@ class SeekrError(Exception):
 
 
 class ConfigError(SeekrError, ValueError):
-    """A setting is unknown, of the wrong type or out of range. ``problems`` holds one sentence per mistake."""
+    """A setting is unknown, of the wrong type or out of range. ``problems`` holds one sentence a mistake, each once."""
 
     def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [problems] if isinstance(problems, str) else list(dict.fromkeys(problems))
         super().__init__("\n".join(self.problems))
 
 

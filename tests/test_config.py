@@ -175,3 +175,7 @@ def test_a_budget_is_a_count_or_a_share(budget: int | float | None, available: i
 @given(st.integers(1, 2000), st.one_of(st.none(), st.integers(1, 3000), st.floats(1e-6, 1.0)))
 def test_a_budget_is_never_zero_and_never_more_than_there_is(available: int, budget: int | float | None) -> None:
     assert 1 <= budget_count(budget, available) <= available
+
+
+def test_a_mistake_that_was_found_twice_is_said_once() -> None:
+    assert ConfigError(["no such path", "no such key", "no such path"]).problems == ["no such path", "no such key"]
