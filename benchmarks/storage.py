@@ -19,6 +19,7 @@ from benchmarks.replay_step import make_sample
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention import TeacherRows
 from seekr_peft.attention.rows import sparse_rows
+from seekr_peft.errors import SeekrError
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import TeacherDistributions
 from seekr_peft.memory import PackedSignals, TaskMemory, TeacherSignals, draw_queries, estimate_bytes
@@ -76,6 +77,10 @@ def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
 
     recipe = load_recipe(run / "recipe.yaml")
     folders = sorted((run / "tasks").iterdir())
+    for folder in folders:
+        memory = TaskMemory(folder)
+        if not memory.selection or memory.signals(0).logits is None:
+            raise SystemExit(f"{folder} keeps no attention rows or no logits; give a run of method seekr with both.")
     base, _ = load_model(recipe)
     model = PeftModel.from_pretrained(base.unload(), folders[0] / "adapter", folders[0].name).eval()
     # The teacher was recorded without the rounding that bitsandbytes adds in eval mode on some CPUs.
@@ -84,7 +89,8 @@ def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
     for folder in folders:
         if teacher:
             model.load_adapter(folder / "adapter", folder.name)
-        # The sum of the adapters up to this task (up to rank_limit), or the one that went on from the task before.
+        # The sum of the adapters up to this task, or the one that went on from the task before. (Past rank_limit the
+        # teacher's earlier adapters were a truncated sum; the little that it leaves out counts as inexactness here.)
         teacher = [*teacher, folder.name] if recipe.adapter.mode == "stack" else [folder.name]
         model.base_model.set_adapter(teacher)
         found[folder.name] = _kl_of_memory(model, TaskMemory(folder))
@@ -187,4 +193,7 @@ def measure(shared: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(kl_of_run(Path(sys.argv[1])), indent=2))
+    try:
+        print(json.dumps(kl_of_run(Path(sys.argv[1])), indent=2))
+    except SeekrError as error:
+        raise SystemExit(str(error)) from None
