@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import seekr_peft.compare as compare_module
 from seekr_peft.compare import FinishedRun, Variant, check_comparable, compare, plan_comparison
 from seekr_peft.compare.answer import answer
 from seekr_peft.compare.checks import what_is_the_same
-from seekr_peft.compare.statistics import PairedDifference, Spread, sign_flip_p
+from seekr_peft.compare.statistics import GRID, PairedDifference, Spread, sign_flip_p
 from seekr_peft.costs import TaskCost
 from seekr_peft.errors import ConfigError, RunError, RunInUseError
 from seekr_peft.run import run_recipe
@@ -147,10 +148,25 @@ def test_the_test_agrees_with_counting_in_whole_numbers(differences: list[int]) 
     assert sign_flip_p([d / 7 for d in differences]) == pytest.approx(expected)
 
 
-def test_many_pairs_are_judged_by_the_normal_limit() -> None:
-    pairs = [0.5, -0.2, 0.9, 0.1] * 4
-    exact = sign_flip_p(pairs)
-    assert sign_flip_p([*pairs, 1e-9]) == pytest.approx(exact, abs=0.01)
+def test_many_pairs_are_counted_out_too() -> None:
+    """Differences of one size: the number of pluses is binomial; 20 of 24 or more in either direction."""
+    pairs = [0.1] * 20 + [-0.1] * 4
+    expected = 2 * sum(math.comb(24, k) for k in range(20, 25)) / 2**24
+    assert sign_flip_p(pairs) == pytest.approx(expected)
+    # One pair far larger than all the others together decides alone: its sign is one of two.
+    assert sign_flip_p([*pairs, -100.0]) == pytest.approx(1.0, abs=1e-3)
+    assert sign_flip_p([0.3] * 64) == pytest.approx(2 / 2**64)
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=9))
+def test_the_test_agrees_with_counting_the_patterns_of_any_numbers(differences: list[float]) -> None:
+    patterns = list(itertools.product((1, -1), repeat=len([d for d in differences if d])))
+    sizes = [abs(d) for d in differences if d]
+    sums = [abs(math.fsum(s * d for s, d in zip(pattern, sizes, strict=True))) for pattern in patterns]
+    observed, slack = abs(math.fsum(differences)), 2.1 / GRID * len(sizes) * sum(sizes)
+    p = sign_flip_p(differences)
+    assert sum(total >= observed + slack for total in sums) / len(sums) <= p + 1e-12
+    assert p <= sum(total >= observed - slack for total in sums) / len(sums) + 1e-12
 
 
 def test_means_and_spreads_by_hand() -> None:
