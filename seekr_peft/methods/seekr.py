@@ -81,7 +81,7 @@ class Seekr(Replay):
         if not worth:
             logger.warning(
                 "task %s: its teacher is a poor one (%.2f nats a token on its own replay samples, answer entropy %.2f "
-                "nats); imitating it can be worse than plain replay: train this task longer.",
+                "nats); imitating it keeps less than a good one would: train this task longer.",
                 self.current_task,
                 loss,
                 entropy,
