@@ -210,6 +210,11 @@ def test_the_table_has_the_figures_of_the_runs(compared: Any) -> None:
     assert comparison.variant("replay").against_baseline is None
     joint = comparison.variant("all at once")
     assert joint.bwt is None and joint.learnt is None and joint.cost["n_steps"] == 18
+    for label in VARIANTS:
+        costs = [run.cost for run in comparison.runs if run.variant == label]
+        cost = comparison.variant(label).cost
+        assert cost["step_seconds"] == min(one["step_seconds"] for one in costs) > 0
+        assert cost["kept_bytes"] == pytest.approx(statistics.fmean(one["kept_bytes"] for one in costs))
     gap = joint.op.mean - comparison.variant("replay").op.mean
     if gap > 0:
         assert joint.gap_closed == pytest.approx(1.0)

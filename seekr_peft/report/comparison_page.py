@@ -173,7 +173,8 @@ def _sections(comparison: Comparison) -> list[Section]:
         _section(
             "cost",
             "Cost",
-            "Means over the runs. The seconds outside of the steps and the bytes are those of all tasks of a run.",
+            "Means over the runs, but for the milliseconds, which are those of the fastest run (other work "
+            "on a machine only slows). The seconds outside of the steps and the bytes are those of all tasks of a run.",
             drawing.draw_cost(comparison),
             f"Bars of the cost of each variant. {_cost_words(finished)}",
         ),
