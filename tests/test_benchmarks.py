@@ -74,8 +74,9 @@ def test_the_other_figures_are_measured_and_told_from_their_goals(tmp_path):
     assert resident["bytes"] > 1e6
     whole = whole_task.measure(16, 4, "cpu", repeats=1)
     assert whole["to_replay"] == whole["seekr"] / whole["replay"] > 0
-    counted = task_count.measure(2, rank_limit=8)
-    assert counted["tasks"] == 2 and counted["disk_per_task"] > 0 and counted["step_last"] > 0
+    counted = task_count.measure((1, 2), rank_limit=8, step_rounds=1, task_rounds=1)
+    assert list(counted) == [1, 2]
+    assert all(min(of_one.values()) > 0 and len(of_one) == 3 for of_one in counted.values())
 
 
 def test_the_kl_of_what_is_stored_is_that_of_a_hand_made_row():
