@@ -19,7 +19,7 @@ from benchmarks.replay_step import make_sample
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention import TeacherRows
 from seekr_peft.attention.rows import sparse_rows
-from seekr_peft.errors import SeekrError
+from seekr_peft.errors import RunError, SeekrError
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import TeacherDistributions
 from seekr_peft.memory import PackedSignals, TaskMemory, TeacherSignals, draw_queries, estimate_bytes
@@ -80,7 +80,7 @@ def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
     for folder in folders:
         memory = TaskMemory(folder)
         if not memory.selection or memory.signals(0).logits is None:
-            raise SystemExit(f"{folder} keeps no attention rows or no logits; give a run of method seekr with both.")
+            raise RunError(f"{folder} keeps no attention rows or no logits; give a run of method seekr with both.")
     base, _ = load_model(recipe)
     model = PeftModel.from_pretrained(base.unload(), folders[0] / "adapter", folders[0].name).eval()
     # The teacher was recorded without the rounding that bitsandbytes adds in eval mode on some CPUs.
