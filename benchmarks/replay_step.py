@@ -2,8 +2,9 @@
 
     python -m benchmarks.replay_step [--device cuda] [--lengths 512 1024 2048] [--out FILE.json]
 
-One process; the variants take turns, so that a drift of the machine's speed hits all of them. Prints time and peak
-memory as ratios to the step with replay and logits only, and the bytes that one replay sample takes on disk.
+One process; the variants take turns, so that a drift of the machine's speed hits all of them. A step is what a training
+does: read the sample from the memory on disk, forward, backward. Prints time and peak memory as ratios to the step with
+replay and logits only, and the bytes that one replay sample takes on disk.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention.rows import kl_of_rows
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import combine, label_loss, logits_kl
-from seekr_peft.memory import PackedSignals, ReplayBatch, ReplaySample, TaskMemory, collate, draw_queries
+from seekr_peft.memory import PackedSignals, ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, draw_queries
 from seekr_peft.peak_memory import PeakMemory
 from seekr_peft.scoring import teach
 
@@ -94,6 +95,37 @@ def make_sample(length: int) -> ReplaySample:
     return ReplaySample(input_ids, labels, draw_queries(length, QUERIES, seed=0))
 
 
+class StoredSample:
+    """A taught sample in two replay memories below ``folder``, with attention rows and without."""
+
+    def __init__(self, folder: str, model: nn.Module, sample: ReplaySample, heads: HeadSelection, device: str) -> None:
+        self.device = torch.device(device)
+        self.memories = {
+            kind: TaskMemory.write(Path(folder) / kind, kind, [sample], _teach(model, sample, chosen), chosen)
+            for kind, chosen in (("rows", heads), ("logits", HeadSelection({})))
+        }
+        self.bytes = self.memories["rows"].bytes
+        self.bytes_dense = 4 * (heads.n_heads * len(sample.queries) * len(sample.input_ids) + ANSWER_TOKENS * 4096)
+
+    def batch(self, kind: str) -> ReplayBatch:
+        """Read as a training step does; ``kind``: rows (and logits), or logits."""
+        return ReplayMemory([self.memories[kind]]).batch([(0, 0)]).to(self.device)
+
+
+def _teach(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> list[PackedSignals]:
+    config = SeekrConfig()
+    signals, _, _ = teach(
+        model,
+        [sample],
+        heads,
+        config.row_top_k,
+        config.logit_top_k,
+        config.kept_mass,
+        keep=lambda found: PackedSignals.of(found, heads, config.storage_dtype),
+    )
+    return list(signals)
+
+
 def replay_with_logits(model: nn.Module, batch: ReplayBatch) -> Tensor:
     """Replay and logits only: the base of all ratios."""
     logits, targets = answer_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
@@ -132,16 +164,22 @@ def with_eager_attention(model: nn.Module, batch: ReplayBatch) -> Tensor:
 def measure(length: int, repeats: int, device: str) -> Row:
     """Time and peak memory of each variant's forward and backward at one length, batch 1."""
     sdpa, eager = build_model(length, "sdpa", device), build_model(length, "eager", device)
-    sample, heads = make_sample(length), selected_heads()
-    batch, stored, dense = taught_batch(sdpa, sample, heads)
-    batch = batch.to(torch.device(device))
-    variants: dict[str, Callable[[], object]] = {
-        "replay + logits": lambda: replay_with_logits(sdpa, batch).backward(),
-        "with attention": lambda: with_attention(sdpa, batch),
-        "eager attention": lambda: with_eager_attention(eager, batch).backward(),
+    with TemporaryDirectory() as folder:
+        stored = StoredSample(folder, sdpa, make_sample(length), selected_heads(), device)
+        variants: dict[str, Callable[[], object]] = {
+            **steps(sdpa, stored),
+            "eager attention": lambda: with_eager_attention(eager, stored.batch("rows")).backward(),
+        }
+        peaks = peak_bytes(variants, device)
+        return Row(length, median_seconds(variants, repeats, device), peaks, stored.bytes, stored.bytes_dense)
+
+
+def steps(model: nn.Module, stored: StoredSample) -> dict[str, Callable[[], object]]:
+    """The step without attention distillation and with it."""
+    return {
+        "replay + logits": lambda: replay_with_logits(model, stored.batch("logits")).backward(),
+        "with attention": lambda: with_attention(model, stored.batch("rows")),
     }
-    peaks = peak_bytes(variants, device)
-    return Row(length, median_seconds(variants, repeats, device), peaks, stored, dense)
 
 
 def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, threads: int | None = None) -> float:
@@ -149,22 +187,20 @@ def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, thr
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        model, heads = build_model(length, "sdpa", device, shape), selected_heads(shape)
-        batch = taught_batch(model, make_sample(length), heads)[0].to(torch.device(device))
-        steps: dict[str, Callable[[], object]] = {
-            "without": lambda: replay_with_logits(model, batch).backward(),
-            "with": lambda: with_attention(model, batch),
-        }
-        seconds = median_seconds(steps, repeats, device)
-        return seconds["with"] / seconds["without"]
+        model = build_model(length, "sdpa", device, shape)
+        with TemporaryDirectory() as folder:
+            stored = StoredSample(folder, model, make_sample(length), selected_heads(shape), device)
+            seconds = median_seconds(steps(model, stored), repeats, device)
+        return seconds["with attention"] / seconds["replay + logits"]
     finally:
         torch.set_num_threads(before)
 
 
 def extra_peak(length: int, device: str) -> int:
     """Peak bytes that the capture adds to a replay step's forward and backward, apart from its peak elsewhere."""
-    model, sample, heads = build_model(length, "sdpa", device), make_sample(length), selected_heads()
-    batch = taught_batch(model, sample, heads)[0].to(torch.device(device))
+    model = build_model(length, "sdpa", device)
+    with TemporaryDirectory() as folder:
+        batch = StoredSample(folder, model, make_sample(length), selected_heads(), device).batch("rows")
     teacher = batch.layers
     calls: dict[int, Any] = {}
 
@@ -179,26 +215,6 @@ def extra_peak(length: int, device: str) -> int:
         queries = [calls[layer].query for layer in teacher]
         torch.autograd.grad(torch.stack(losses).sum(), queries)
     return memory.peak
-
-
-def taught_batch(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> tuple[ReplayBatch, int, int]:
-    """The replay batch as read back from disk, its bytes there, and the bytes of dense float32 rows and logits."""
-    config = SeekrConfig()
-    signals, _, _ = teach(
-        model,
-        [sample],
-        heads,
-        config.row_top_k,
-        config.logit_top_k,
-        config.kept_mass,
-        keep=lambda found: PackedSignals.of(found, heads, config.storage_dtype),
-    )
-    with TemporaryDirectory() as directory:
-        memory = TaskMemory.write(Path(directory), "benchmark", [sample], signals, heads)
-        batch = collate([memory.sample(0)], [heads], [memory.signals(0)])
-        stored = memory.bytes
-    dense = 4 * (heads.n_heads * len(sample.queries) * len(sample.input_ids) + ANSWER_TOKENS * 4096)
-    return batch, stored, dense
 
 
 def _logits(batch: ReplayBatch) -> Any:

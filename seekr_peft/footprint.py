@@ -389,19 +389,23 @@ def _replay(recipe: Recipe, model: Any, length: int, answers: int, n_heads: int,
     batch = _tokens(batch_size, length)
     model.train()
     step = _peak(model, lambda: _answer_loss(model, batch, answers).backward())
-    # Entries in a batch are padded to the broadest row.
-    step += batch_size * answers * _entry_bytes(logit_top_k, int(model.config.get_text_config().vocab_size))
+    # Entries in a batch are padded to the broadest row: a float32 probability each, and an index.
+    step += batch_size * answers * 12 * min(BROADEST * logit_top_k, int(model.config.get_text_config().vocab_size))
     if not n_heads:
         return step
-    # Per selected head: its queries and keys, kept for the backward, and the teacher's entries with their indices.
+    # Per selected head: the gradients of its queries and keys, kept for the backward (float16's in float32), and the
+    # teacher's rows with a remaining mass and a weight each.
     queries = min(method.query_budget or length, length)
     head_dim = _head_dim(model)
-    size = compute_dtype(recipe.model).itemsize
-    kept = n_heads * ((queries + length) * head_dim * size + queries * (_entry_bytes(method.row_top_k, length) + 12))
+    dtype = compute_dtype(recipe.model)
+    size = 4 if dtype == torch.float16 else dtype.itemsize
+    entries = 8 * min(BROADEST * method.row_top_k, length)
+    kept = n_heads * ((queries + length) * head_dim * size + queries * (entries + 8))
+    # One layer's logits and probabilities; the mask of all layers as bool and as what is added to the logits.
     n_layers = len(attention_modules(model))
-    rows = min(CHUNK_BYTES, -(-n_heads // n_layers) * queries * length * 4 * batch_size)
-    masks = batch_size * n_layers * queries * length
-    return step + batch_size * kept + masks + rows
+    rows = 2 * min(CHUNK_BYTES, -(-n_heads // n_layers) * queries * length * 4 * batch_size)
+    mask = batch_size * queries * length * 5
+    return step + batch_size * kept + mask + rows
 
 
 def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, length: int, answers: int) -> int:
@@ -447,11 +451,6 @@ def _answer_loss(model: Any, batch: dict[str, Tensor], answers: int) -> Tensor:
     targets = torch.zeros(logits.shape[0], dtype=torch.long, device="meta")
     # The labels' and the teacher's term each need the distribution.
     return F.cross_entropy(logits.float(), targets) + logits.float().log_softmax(dim=-1).mean()
-
-
-def _entry_bytes(top_k: int, n_possible: int) -> int:
-    """Of a teacher's row in a replay batch, padded to the broadest: an int64 index and a float32 probability each."""
-    return 12 * min(BROADEST * top_k, n_possible)
 
 
 def _head_dim(model: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from seekr_peft.attention import rows as rows_module
 from seekr_peft.attention.rows import (
     RowInputs,
+    RowMask,
     TeacherRows,
     gradient_squares,
     gradient_squares_causal,
@@ -42,33 +44,39 @@ def make_inputs(dtype: torch.dtype = torch.float64, bias: bool = True, masked: f
     return RowInputs(
         query=torch.randn(batch, heads, n_queries, dim, dtype=dtype).requires_grad_(),
         key=torch.randn(batch, heads, n_keys, dim, dtype=dtype).requires_grad_(),
-        allowed=allowed,
-        bias=torch.randn(1, heads, n_queries, n_keys, dtype=dtype) if bias else None,
+        mask=RowMask(allowed, torch.randn(1, heads, n_queries, n_keys, dtype=dtype) if bias else None),
         real=real,
         scaling=0.6,
     )
 
 
+def blind(inputs: RowInputs, rows: Any) -> RowInputs:
+    """``inputs`` in which ``rows`` may look nowhere."""
+    allowed = inputs.mask.allowed.clone()
+    allowed[rows] = False
+    return replace(inputs, mask=RowMask(allowed, inputs.mask.bias))
+
+
 def make_teacher(inputs: RowInputs) -> Tensor:
     """Dense teacher rows with the same masks as ``inputs``, from other queries."""
-    shape = torch.broadcast_shapes(inputs.allowed.shape, (1, inputs.query.shape[1], 1, 1))
+    shape = torch.broadcast_shapes(inputs.mask.allowed.shape, (1, inputs.query.shape[1], 1, 1))
     logits = 2 * torch.randn(shape, dtype=rows_module.compute_dtype(inputs.query))
-    return torch.softmax(logits.masked_fill(~inputs.allowed, float("-inf")), dim=-1).nan_to_num(0)
+    return torch.softmax(logits.masked_fill(~inputs.mask.allowed, float("-inf")), dim=-1).nan_to_num(0)
 
 
 def slow_student(inputs: RowInputs) -> Tensor:
     """Softmax of q k^T by plain autograd."""
     logits = torch.einsum("bhqd,bhkd->bhqk", inputs.query, inputs.key) * inputs.scaling
-    if inputs.bias is not None:
-        logits = logits + inputs.bias
-    return torch.softmax(logits.masked_fill(~inputs.allowed, float("-inf")), dim=-1)
+    if inputs.mask.bias is not None:
+        logits = logits + inputs.mask.bias
+    return torch.softmax(logits.masked_fill(~inputs.mask.allowed, float("-inf")), dim=-1)
 
 
 def slow_full_kl(inputs: RowInputs, teacher: Tensor, weights: Tensor) -> Tensor:
     """torch's own kl_div of each row, weighted."""
     student = slow_student(inputs)
     # log(1) where masked, so that torch's 0 * log q is 0 and not NaN.
-    log_student = torch.where(inputs.allowed, student, 1).log()
+    log_student = torch.where(inputs.mask.allowed, student, 1).log()
     per_row = torch.nn.functional.kl_div(log_student, teacher, reduction="none").sum(dim=-1)
     return (per_row * weights).sum()
 
@@ -99,8 +107,7 @@ def test_a_hand_sized_row_is_the_softmax_of_its_two_logits() -> None:
     inputs = RowInputs(
         query=torch.tensor([[[[2.0]]]]),
         key=torch.tensor([[[[0.0], [1.0]]]]),
-        allowed=torch.ones(1, 1, 1, 2, dtype=torch.bool),
-        bias=None,
+        mask=RowMask(torch.ones(1, 1, 1, 2, dtype=torch.bool)),
         real=torch.ones(1, 1, dtype=torch.bool),
         scaling=0.5,
     )
@@ -115,7 +122,7 @@ def test_rows_equal_a_softmax_by_einsum_and_sum_to_one() -> None:
     torch.testing.assert_close(rows, torch.where(real, slow_student(inputs), 0), rtol=1e-12, atol=1e-14)
     sums = rows.sum(dim=-1).transpose(1, 2)
     torch.testing.assert_close(sums[inputs.real], torch.ones_like(sums[inputs.real]), rtol=1e-12, atol=0)
-    assert (rows[~inputs.allowed.expand_as(rows)] == 0).all()
+    assert (rows[~inputs.mask.allowed.expand_as(rows)] == 0).all()
 
 
 def test_rows_of_padding_are_exactly_zero_and_give_no_gradient() -> None:
@@ -128,7 +135,7 @@ def test_rows_of_padding_are_exactly_zero_and_give_no_gradient() -> None:
 
 def test_a_row_that_may_look_nowhere_is_zero_with_a_finite_gradient() -> None:
     inputs = make_inputs()
-    inputs.allowed[1, :, 2] = False
+    inputs = blind(inputs, (1, slice(None), 2))
     rows = row_probabilities(inputs)
     assert (rows[1, :, 2] == 0).all()
     for gradient in gradients((rows * torch.randn_like(rows)).sum(), inputs):
@@ -168,8 +175,7 @@ def hand_sized() -> tuple[RowInputs, TeacherRows]:
     inputs = RowInputs(
         query=torch.tensor([[[[math.log(3.0)]]]], dtype=torch.float64, requires_grad=True),
         key=torch.tensor([[[[0.0], [1.0]]]], dtype=torch.float64, requires_grad=True),
-        allowed=torch.ones(1, 1, 1, 2, dtype=torch.bool),
-        bias=None,
+        mask=RowMask(torch.ones(1, 1, 1, 2, dtype=torch.bool)),
         real=torch.ones(1, 1, dtype=torch.bool),
         scaling=1.0,
     )
@@ -241,7 +247,7 @@ def test_identical_rows_have_no_kl_and_no_gradient(top_k: int | None) -> None:
 def test_float32_rows_shorter_than_k_have_exactly_no_remaining_mass() -> None:
     """A causal query near the start has fewer keys than k; rounding must not look like a mass of other keys."""
     inputs = make_inputs(torch.float32, n_queries=64, n_keys=64, masked=0.0)
-    inputs = replace(inputs, allowed=torch.ones(1, 1, 64, 64, dtype=torch.bool).tril(), bias=None)
+    inputs = replace(inputs, mask=RowMask(torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()))
     rows = row_probabilities(replace(inputs, real=torch.ones_like(inputs.real))).detach()
     teacher = TeacherRows.from_dense(rows, 16)
     assert (teacher.remaining[:, :, :16] == 0).all() and (teacher.remaining[:, :, 16:] > 0).all()
@@ -368,7 +374,7 @@ def test_a_row_that_may_look_nowhere_counts_for_nothing(top_k: int | None) -> No
     without[1, :, 2] = 0
     expected = row_kl(inputs, stored, without)
     wanted = gradients(expected, inputs)
-    inputs.allowed[1, :, 2] = False
+    inputs = blind(inputs, (1, slice(None), 2))
     loss = row_kl(inputs, stored, weights)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
     for mine, other in zip(gradients(loss, inputs), wanted, strict=True):
@@ -377,7 +383,7 @@ def test_a_row_that_may_look_nowhere_counts_for_nothing(top_k: int | None) -> No
 
 def test_a_batch_in_which_no_row_counts_gives_zero_and_a_graph() -> None:
     inputs = make_inputs()
-    inputs.allowed[:] = False
+    inputs = blind(inputs, slice(None))
     loss = row_kl(inputs, TeacherRows.from_dense(make_teacher(inputs), 3))
     assert loss.item() == 0
     for gradient in gradients(loss, inputs):
@@ -409,6 +415,50 @@ def test_a_student_logit_far_below_the_others_gives_a_finite_kl() -> None:
     loss = row_kl(inputs, teacher)
     assert loss.item() == pytest.approx(0.5 * 2000 - math.log(2), rel=1e-12)
     assert gradients(loss, inputs)[0].item() == pytest.approx(0.5)
+
+
+def test_float16_gradients_survive_until_the_loss_scale_multiplies_them() -> None:
+    """Those of a mean over many rows lie below float16's smallest number."""
+    inputs = make_inputs(torch.float16, bias=False)
+    teacher = TeacherRows.from_dense(make_teacher(inputs), 4)
+    weights, scale = torch.full((BATCH, HEADS, QUERIES), 1e-9), 2.0**24
+    wide = replace(
+        inputs,
+        query=inputs.query.detach().double().requires_grad_(),
+        key=inputs.key.detach().double().requires_grad_(),
+    )
+    found = gradients(scale * row_kl(inputs, teacher, weights), inputs)
+    exact = gradients(scale * row_kl(wide, teacher, weights), wide)
+    for mine, other in zip(found, exact, strict=True):
+        assert mine.dtype == torch.float16 and other.abs().max() > 1e-4
+        torch.testing.assert_close(mine.double(), other, rtol=2e-2, atol=1e-6)
+
+
+def test_nothing_as_large_as_the_rows_is_kept_for_the_backward() -> None:
+    inputs = make_inputs(batch=1, heads=2, n_queries=50, n_keys=70, dim=3)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        row_kl(inputs, TeacherRows.from_dense(make_teacher(inputs), 4))
+    assert {tuple(tensor.shape) for tensor in kept} >= {(1, 2, 50, 3), (1, 2, 70, 3)}
+    assert max(tensor.numel() for tensor in kept) == 2 * 70 * 3 < 2 * 50 * 70
+
+
+def test_without_a_gradient_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_through_products", lambda *args: pytest.fail("a gradient was made"))
+    inputs = make_inputs()
+    teacher = TeacherRows.from_dense(make_teacher(inputs), 4)
+    with torch.no_grad():
+        value = row_kl(inputs, teacher)
+    constant = replace(inputs, query=inputs.query.detach(), key=inputs.key.detach())
+    assert value.item() == row_kl(constant, teacher).item() > 0
+
+
+def test_the_graph_can_be_walked_twice_with_the_same_gradients() -> None:
+    inputs = make_inputs()
+    loss = row_kl(inputs, TeacherRows.from_dense(make_teacher(inputs), 4))
+    first = torch.autograd.grad(2 * loss, (inputs.query, inputs.key), retain_graph=True)
+    for once, again in zip(first, gradients(loss, inputs), strict=True):
+        torch.testing.assert_close(once, 2 * again, rtol=1e-14, atol=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -572,7 +622,7 @@ def test_row_kl_never_makes_a_square_tensor(top_k: int | None) -> None:
 def test_a_long_list_of_queries_is_walked_in_chunks_of_the_stated_size(monkeypatch: pytest.MonkeyPatch) -> None:
     length = 256
     inputs = make_inputs(torch.float32, bias=False, batch=1, heads=4, n_queries=length, n_keys=length, dim=8)
-    inputs = replace(inputs, allowed=torch.ones(1, 1, 1, length, dtype=torch.bool))
+    inputs = replace(inputs, mask=RowMask(torch.ones(1, 1, 1, length, dtype=torch.bool)))
     teacher = TeacherRows.from_dense(torch.full((1, 4, length, length), 1 / length), 8)
     monkeypatch.setattr(rows_module, "CHUNK_BYTES", 4 * 4 * length * 16)  # 16 queries of 4 heads
     with LargestOutput() as largest:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -390,6 +393,36 @@ def test_an_encoder_decoder_is_refused_by_name() -> None:
     message = r"T5ForConditionalGeneration has more than one .* layer index 0 \(the second is decoder\.block"
     with pytest.raises(CaptureError, match=message):
         AttentionTap(tiny_t5(), HeadSelection({0: [0]}))
+
+
+def test_a_model_is_walked_once_until_its_layers_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, walks = tiny_llama(), []
+    walk = support._walk
+    monkeypatch.setattr(support, "_walk", lambda root: walks.append(root) or walk(root))
+    first = support.attention_modules(model)
+    with AttentionTap(model, HeadSelection({0: [0]})):
+        assert support.attention_modules(with_lora(model)) == first
+    assert len(walks) == 1
+
+    layers = model.model.layers
+    layers[1].self_attn = copy.deepcopy(layers[1].self_attn)
+    assert support.attention_modules(model)[1] is layers[1].self_attn is not first[1]
+    layers.append(copy.deepcopy(layers[-1]))
+    layers[-1].self_attn.layer_idx = len(layers) - 1
+    assert support.attention_modules(model)[len(layers) - 1] is layers[-1].self_attn
+    del layers[0]
+    assert 0 not in support.attention_modules(model)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_what_was_looked_up_does_not_keep_a_model_alive(bare: bool) -> None:
+    model = tiny_llama()
+    model = model.model if bare else model
+    support.attention_modules(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 # --- checkpointing and dropout ---

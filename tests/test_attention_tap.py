@@ -29,7 +29,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from seekr_peft.attention import AttentionTap, TeacherRows
-from seekr_peft.attention.call import AttentionCall
+from seekr_peft.attention.call import AttentionCall, InterfaceCall
 from seekr_peft.errors import CaptureError
 from seekr_peft.heads import HeadSelection
 
@@ -152,6 +152,24 @@ def test_one_list_of_queries_serves_every_sample() -> None:
     repeated = tapped_rows(tiny_llama(), batch, SOME_HEADS, queries=torch.tensor([[18, 4]] * 5))
     for layer in SOME_HEADS:
         assert torch.equal(rows[layer], repeated[layer])
+
+
+@families
+def test_a_mask_is_made_once_for_the_layers_of_a_forward_and_anew_for_the_next(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], InterfaceCall._make_mask
+    monkeypatch.setattr(InterfaceCall, "_make_mask", lambda call, queries: made.append(call) or make(call, queries))
+    model = BUILDERS[family]()
+    with torch.no_grad(), AttentionTap(model, EVERY_HEAD, QUERIES) as tap:
+        for padding in ("right", "left", "none", "right"):
+            made.clear()
+            batch = padded_batch(padding)
+            model(**batch)
+            kinds = {(id(call.attention_mask), call.sliding_window) for call in made}
+            assert len(made) == len(kinds) < N_LAYERS
+            expected = tapped_rows(BUILDERS[family](), batch, EVERY_HEAD, QUERIES)
+            assert all(torch.equal(tap.rows[layer], expected[layer]) for layer in expected)
 
 
 def test_a_positional_attention_mask_is_seen() -> None:

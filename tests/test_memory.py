@@ -264,7 +264,8 @@ def test_a_sample_that_does_not_exist_is_an_index_error(tmp_path: Path) -> None:
 
 
 def test_reading_a_sample_of_a_large_file_reads_only_its_own_bytes(tmp_path: Path) -> None:
-    n, length, heads = 64, 256, 8
+    # Large beside the 2 MB that the kernel may map at once for each of the five arrays that one sample touches.
+    n, length, heads = 256, 256, 8
     labels = torch.full((length,), -100)
     labels[-1] = 1
     samples = [ReplaySample(torch.ones(length, dtype=torch.long), labels, torch.arange(length)) for _ in range(n)]
@@ -274,7 +275,7 @@ def test_reading_a_sample_of_a_large_file_reads_only_its_own_bytes(tmp_path: Pat
         tmp_path, "a", samples, packed([TeacherSignals({0: row}, None)], selection) * n, selection
     )
     memory = TaskMemory(tmp_path)
-    assert memory.bytes > 16e6
+    assert memory.bytes > 64e6
     before = resident_bytes()
     signals = memory.signals(n // 2)
     grown = resident_bytes() - before

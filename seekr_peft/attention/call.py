@@ -7,7 +7,7 @@ May import ``rows``, ``support`` and ``errors``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -17,12 +17,14 @@ from torch import Tensor
 from ..errors import CaptureError
 from .rows import (
     RowInputs,
+    RowMask,
     TeacherRows,
     compute_dtype,
     gradient_squares,
     gradient_squares_causal,
     gradient_squares_full,
     head_keys,
+    head_queries,
     kl_of_rows,
     normalised,
     row_kl,
@@ -35,11 +37,13 @@ from .support import flex_allowed
 @dataclass(frozen=True)
 class QuerySelection:
     """Query positions of a forward: ``positions`` int64 (batch, n_queries), ``real`` bool of the same shape, False
-    where the position holds padding; ``every`` when these are all the positions in order."""
+    where the position holds padding; ``every`` when these are all the positions in order. ``masks`` of the layers so
+    far, which most layers share."""
 
     positions: Tensor
     real: Tensor
     every: bool
+    masks: dict[tuple[object, ...], tuple[object, RowMask]] = field(default_factory=dict, repr=False, compare=False)
 
 
 class AttentionCall(Protocol):
@@ -74,15 +78,13 @@ class InterfaceCall:
     @cached_property
     def inputs(self) -> RowInputs:
         """The selected rows' ingredients."""
-        query, n_heads = self.query, self.query.shape[1]
-        if self.heads.numel() < n_heads:
-            query = query.index_select(1, self.heads)
-        if not self.queries.every:
-            positions = self.queries.positions[:, None, :, None]
-            query = query.gather(2, positions.expand(-1, query.shape[1], -1, query.shape[3]))
-        allowed, bias = self._masks(self.queries)
+        n_heads = self.query.shape[1]
+        if self.queries.every:
+            query = self.query.index_select(1, self.heads) if self.heads.numel() < n_heads else self.query
+        else:
+            query = head_queries(self.query, self.heads, self.queries.positions)
         key = head_keys(self.key, self.heads, n_heads)
-        return RowInputs(query, key, allowed, bias, self.queries.real, self.scaling)
+        return RowInputs(query, key, self._mask(self.queries), self.queries.real, self.scaling)
 
     def rows(self) -> Tensor:
         return row_probabilities(self.inputs)
@@ -107,10 +109,21 @@ class InterfaceCall:
             positions = queries.positions[:, None, :, None]
             gradient = gradient.gather(2, positions.expand(-1, gradient.shape[1], -1, gradient.shape[3]))
         gradient = gradient * queries.real[:, None, :, None]
-        return gradient_squares(gradient, value, self._masks(queries)[0])
+        return gradient_squares(gradient, value, self._mask(queries).allowed)
 
-    def _masks(self, queries: QuerySelection) -> tuple[Tensor, Tensor | None]:
-        """``allowed`` and additive ``bias`` of the selected rows, from whatever mask the kernel was given."""
+    def _mask(self, queries: QuerySelection) -> RowMask:
+        """The mask of ``queries``, made once for all the layers that were given the same."""
+        given = self.attention_mask
+        if self.position_bias is not None or (isinstance(given, Tensor) and given.dim() == 4 and given.shape[1] > 1):
+            return self._make_mask(queries)
+        key = (id(given), self.query.shape[2], self.key.shape[2], self.causal, self.sliding_window)
+        if key not in queries.masks:
+            # Kept beside it, the given mask cannot pass its id on to another.
+            queries.masks[key] = (given, self._make_mask(queries))
+        return queries.masks[key][1]
+
+    def _make_mask(self, queries: QuerySelection) -> RowMask:
+        """Where the selected rows may look and the bias, from whatever mask the kernel was given."""
         n_keys = self.key.shape[2]
         mask, bias = self.attention_mask, None
         if self.position_bias is not None:
@@ -133,7 +146,7 @@ class InterfaceCall:
                 f"cannot read an attention mask of type {type(mask).__name__}; load the model with "
                 f"attn_implementation='sdpa' or 'eager'."
             )
-        return allowed, bias
+        return RowMask(allowed, bias)
 
     def _positional(self, queries: QuerySelection, n_keys: int) -> Tensor:
         keys = torch.arange(n_keys, device=self.query.device)

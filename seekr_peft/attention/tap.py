@@ -73,6 +73,7 @@ class AttentionTap:
         self._queries = None if queries is None else _checked_queries(queries)
         self._modules = _selected_modules(model, heads)
         self._padding: Tensor | None = None
+        self._selections: dict[tuple[int, int, torch.device], QuerySelection] = {}
         self._in_forward = False
         self._seen: set[int] = set()
         self._stack = ExitStack()
@@ -103,6 +104,7 @@ class AttentionTap:
         self._stack.close()
         self._in_forward = False
         self._padding = None
+        self._selections = {}
         self.calls = {}
 
     def observe(self, layer: int, call: AttentionCall) -> None:
@@ -121,7 +123,14 @@ class AttentionTap:
             self.calls[layer] = call
 
     def query_selection(self, batch: int, length: int, device: torch.device) -> QuerySelection:
-        """The positions asked for, in a forward of ``batch`` samples and ``length`` positions."""
+        """The positions asked for, in a forward of ``batch`` samples and ``length`` positions; made once for its
+        layers."""
+        place = (batch, length, device)
+        if place not in self._selections:
+            self._selections[place] = self._select_queries(batch, length, device)
+        return self._selections[place]
+
+    def _select_queries(self, batch: int, length: int, device: torch.device) -> QuerySelection:
         real = torch.ones(batch, length, dtype=torch.bool, device=device)
         if self._padding is not None and self._padding.shape[0] == batch:
             real = self._padding[:, -length:].to(device).bool()
@@ -149,6 +158,7 @@ class AttentionTap:
         if mask is None and args:
             mask = inspect.signature(module.forward).bind_partial(*args).arguments.get("attention_mask")
         self._padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._selections = {}
         self._in_forward = True
         self._seen = set()
         self.values = {}

@@ -21,7 +21,8 @@ from .storage import TeacherSignals
 
 @dataclass(frozen=True)
 class LayerTeacher:
-    """One layer's teacher rows (batch, heads, n_queries, k) and the weight of each row, (batch, heads, n_queries).
+    """One layer's teacher rows (batch, heads, n_queries, k), indices int32, and the weight of each row, (batch, heads,
+    n_queries).
 
     The weights of all layers sum to 1: mean over a sample's heads and queries, then over its layers, then over the
     samples of the batch, so that the weighted sum of the row KLs over all layers is the attention loss.
@@ -99,14 +100,15 @@ def _layer(
     union = heads[layer]
     k = max(signal.rows[layer].indices.shape[-1] for signal in signals if layer in signal.rows)
     shape = (len(samples), len(union), n_queries)
-    indices = torch.zeros(*shape, k, dtype=torch.long)
+    # Half of int64, which a layer's indices become while they are used.
+    indices = torch.zeros(*shape, k, dtype=torch.int32)
     probabilities, remaining, weights = torch.zeros(*shape, k), torch.zeros(shape), torch.zeros(shape)
     for i, (sample, selection, signal) in enumerate(zip(samples, selections, signals, strict=True)):
         if layer not in signal.rows:
             continue
         row, count = signal.rows[layer], len(sample.queries)
         places = torch.tensor([union.index(head) for head in selection[layer]])
-        indices[i, places, :count, : row.indices.shape[-1]] = row.indices
+        indices[i, places, :count, : row.indices.shape[-1]] = row.indices.int()
         probabilities[i, places, :count, : row.indices.shape[-1]] = row.probabilities
         remaining[i, places, :count] = row.remaining
         weights[i, places, :count] = 1 / (len(places) * count * len(selection) * len(samples))
