@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import replay_step, scoring, storage, task_count, whole_task
+from benchmarks import large_model, replay_step, scoring, storage, task_count, whole_task
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def storage_figures(shared: Path) -> list[Figure]:
 def task_figures(device: str) -> list[Figure]:
     """A whole task, and the growth with the number of tasks."""
     whole = whole_task.measure(512, 4, device)
-    counted = task_count.measure((2, 9, 29), rank_limit=64)
+    counted = task_count.measure((2, 9, 29), 64, device)
     few, ten, many = counted.values()
     return [
         Figure("a whole task / the same with replay (replay_every 4, T = 512)", whole["to_replay"], 1.10, "x"),
@@ -103,8 +103,28 @@ def task_figures(device: str) -> list[Figure]:
         Figure("training step, 30th task / 3rd (rank_limit 64)", many["step_seconds"] / few["step_seconds"], 1.05, "x"),
         Figure("training step, 30th task / 10th", many["step_seconds"] / ten["step_seconds"], 1.05, "x"),
         Figure("seconds of the 30th task / 3rd", many["task_seconds"] / few["task_seconds"], 1.05, "x"),
+        Figure("seconds of the 30th task / 10th", many["task_seconds"] / ten["task_seconds"], 1.05, "x"),
         Figure("disk per task, 29 tasks / 2 tasks", many["disk_per_task"] / few["disk_per_task"], 1.05, "x"),
     ]
+
+
+def large_model_figures(device: str, repeats: int) -> list[Figure]:
+    """A 7B shape in NF4 with checkpointing, batch 1, T = 1024."""
+    found = large_model.measure("7b", 1024, repeats, device)
+    resident, seconds, peak = found["resident"], found["seconds"], found["peak"]
+    figures = []
+    for step in seconds:
+        figures.append(Figure(f"7B shape, {step}", 1024 / seconds[step], None, "tokens/s"))
+        goal = 15.0 if step == "with attention" else None
+        figures.append(Figure(f"7B shape, {step}, peak", (resident + peak[step]) / 1e9, goal, "GB"))
+    ratio = seconds["with attention"] / seconds["replay + logits"]
+    figures.append(Figure("7B shape, replay step with attention / without, time", ratio, 1.05, "x"))
+    for step, phase in large_model.PHASES.items():
+        foretold = found["predicted"]["resident"] + found["predicted"][phase]
+        figures.append(
+            Figure(f"7B shape, doctor / measured peak, {step}", foretold / (resident + peak[step]), 1.1, "x")
+        )
+    return figures
 
 
 def startup_figures() -> list[Figure]:
@@ -134,7 +154,7 @@ def main() -> None:
     """Measure, print, and write ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -146,6 +166,8 @@ def main() -> None:
     console.print(replay_step.table(rows, machine))
     figures = [*steps, *scoring_figures(options.device, options.repeats), *storage_figures(shared)]
     figures += [*task_figures(options.device), *startup]
+    if options.device == "cuda":
+        figures += large_model_figures(options.device, options.repeats)
     table = Table(title=f"Figures and goals, {machine}, torch {torch.__version__}", title_justify="left")
     for heading in ("figure", "measured", "goal", "distance"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")

@@ -1,5 +1,6 @@
 """The benchmark's own instruments, and that it runs."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -77,6 +79,54 @@ def test_the_other_figures_are_measured_and_told_from_their_goals(tmp_path):
     counted = task_count.measure((1, 2), rank_limit=8, step_rounds=1, task_rounds=1)
     assert list(counted) == [1, 2]
     assert all(min(of_one.values()) > 0 and len(of_one) == 3 for of_one in counted.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_large_models_benchmark_runs_on_a_small_one_and_the_doctor_is_near():
+    from benchmarks import large_model
+
+    found = large_model.measure("small", 128, 1, "cpu")
+    resident, predicted = found["resident"], found["predicted"]
+    assert predicted["resident"] == pytest.approx(resident, rel=0.03)
+    for step, phase in large_model.PHASES.items():
+        assert predicted["resident"] + predicted[phase] == pytest.approx(resident + found["peak"][step], rel=0.1), step
+    assert found["peak"]["replay + logits"] < found["peak"]["with attention"] < found["peak"]["eager attention"]
+    assert set(found["seconds"]) == {"plain fine-tuning", "replay + logits", "with attention", "eager attention"}
+    assert 0.5 * found["predicted_sample_bytes"] < found["sample_bytes"] < 1.05 * found["predicted_sample_bytes"]
+    assert "with attention" in render(large_model.table(found, "CPU"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_random_quantised_base_is_made_as_from_pretrained_loads_one(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    from benchmarks import large_model
+    from seekr_peft.modeling import _quantization
+
+    config = large_model.shape("small", 32)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    recipe = large_model.recipe_of(str(tmp_path), 32, "cpu")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=_quantization(recipe.model))
+    made = large_model.random_base(config, recipe, "cpu")
+    described = [
+        {
+            name: (type(value).__name__, value.dtype, value.shape)
+            for name, value in model.state_dict(keep_vars=True).items()
+            if not name.endswith("bitsandbytes__nf4")  # settings as a text, as long as the numbers in it
+        }
+        for model in (loaded, made)
+    ]
+    assert described[0] == described[1]
+    assert large_model.weight_bytes(loaded) == large_model.weight_bytes(made)
+    ids = torch.arange(8)[None]
+    assert made(ids).logits.std() > 1e-3
+
+
+def render(table):
+    console = Console(width=120, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
 
 
 def test_the_kl_of_what_is_stored_is_that_of_a_hand_made_row():
