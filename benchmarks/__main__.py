@@ -55,7 +55,7 @@ def step_figures(device: str, repeats: int) -> tuple[list[Figure], list[replay_s
         Figure("the same on one thread", replay_step.time_ratio(1024, repeats, device, threads=1), 1.05, "x"),
         Figure(
             "the same, hidden size 1024 x 4 layers",
-            replay_step.time_ratio(1024, 3, device, replay_step.WIDE),
+            replay_step.time_ratio(1024, repeats // 2 + 1, device, replay_step.WIDE),
             1.05,
             "x",
         ),

@@ -152,7 +152,7 @@ def measure(name: str, length: int, repeats: int, device: str) -> dict[str, Any]
         steps = _steps(method, recipe, length, device)
         peaks = peak_bytes(steps, device)
         timed = {step: work for step, work in steps.items() if step not in ("scoring", "evaluation")}
-        seconds = median_seconds(timed, repeats, device)
+        seconds = median_seconds(timed, repeats, device) if repeats else {}
         memory = method.memory.tasks[0]
         return {
             "shape": name,
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shape", choices=("7b", "small"))
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; 0 measures the peaks alone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"

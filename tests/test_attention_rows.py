@@ -1,4 +1,4 @@
-"""Attention rows as tensors: softmax, the row KL with its own backward, coarse teachers, sums of squared gradients."""
+"""Attention rows as tensors: softmax, the row KL with its own gradient, coarse teachers, sums of squared gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention rows of selected heads and queries: softmax, row KL with a hand-written backward, and gradient norms.
+"""Attention rows of selected heads and queries: softmax, row KL with a hand-written gradient, and gradient norms.
 
 Pure tensor code; knows no model. Never builds an array of heads x T x T: everything is at most
 heads x queries x T, and longer query lists are walked in chunks. May import ``errors``.
