@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..config import SeekrConfig
 from .seekr import Seekr
 
 
@@ -17,6 +15,3 @@ class ReplayLogits(Seekr):
 
     name: ClassVar[str] = "replay_logits"
     teacher_signals: ClassVar[tuple[str, ...]] = ("logits",)
-
-    def __init__(self, model: Any, config: SeekrConfig | None = None, **options: Any) -> None:
-        super().__init__(model, replace(config or SeekrConfig(), attention_distillation=False), **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..attention import AttentionTap, head_shape
 from ..attention.call import AttentionCall
 from ..attention.support import attention_modules, base_transformer, uses_reentrant_checkpointing
+from ..config import SeekrConfig
 from ..errors import CaptureError, MemoryFormatError
 from ..forward import answer_logits
 from ..heads import HeadSelection, ImportanceRecord
@@ -38,8 +40,14 @@ class Seekr(Replay):
     name: ClassVar[str] = "seekr"
     teacher_signals: ClassVar[tuple[str, ...]] = ("attention", "logits")
 
-    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
-        super().__init__(model, *args, **options)
+    def __init__(self, model: Any, config: SeekrConfig | None = None, **options: Any) -> None:
+        config = config or SeekrConfig()
+        config = replace(
+            config,
+            attention_distillation=config.attention_distillation and "attention" in self.teacher_signals,
+            logits_distillation=config.logits_distillation and "logits" in self.teacher_signals,
+        )
+        super().__init__(model, config, **options)
         self.importance = ImportanceRecord()
         self.selections: list[HeadSelection] = []
         self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
