@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from .adapters import resolved_rank_limit
+from .attention.call import KINDS_OF_MASK
 from .attention.rows import BROADEST, CHUNK_BYTES
 from .attention.support import attention_modules, head_shape
 from .config import SeekrConfig
@@ -404,7 +405,8 @@ def _replay(recipe: Recipe, model: Any, length: int, answers: int, n_heads: int,
     # One layer's logits and probabilities; the mask of all layers as bool and as what is added to the logits.
     n_layers = len(attention_modules(model))
     rows = 2 * min(CHUNK_BYTES, -(-n_heads // n_layers) * queries * length * 4 * batch_size)
-    mask = batch_size * queries * length * 5
+    kinds = len(set(getattr(model.config.get_text_config(), "layer_types", None) or [None]))
+    mask = min(kinds, KINDS_OF_MASK) * batch_size * queries * length * 5
     return step + batch_size * kept + mask + rows
 
 

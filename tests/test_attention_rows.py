@@ -328,7 +328,11 @@ def test_rows_without_weight_influence_nothing_even_if_they_are_nan(function: st
         query = inputs.query.detach().clone()
         if function == "row_kl":  # materialised rows carry no NaN: their padding is already 0
             query[1, :, 3] = garbage
-        dirty = replace(inputs, query=query.requires_grad_())
+        assert inputs.mask.bias is not None
+        bias = inputs.mask.bias.repeat(BATCH, 1, 1, 1)
+        if function == "row_kl":
+            bias[1, :, 3] = garbage
+        dirty = replace(inputs, query=query.requires_grad_(), mask=RowMask(inputs.mask.allowed, bias))
         value = loss(dirty, spoilt)
         assert value.item() == expected.item()
         query_gradient, key_gradient = gradients(value, dirty)

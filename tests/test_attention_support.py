@@ -412,15 +412,32 @@ def test_a_model_is_walked_once_until_its_layers_change(monkeypatch: pytest.Monk
     assert support.attention_modules(model)[len(layers) - 1] is layers[-1].self_attn
     del layers[0]
     assert 0 not in support.attention_modules(model)
+    model.model.layers = nn.ModuleList([*layers, copy.deepcopy(layers[-1])])
+    model.model.layers[-1].self_attn.layer_idx = 9
+    assert list(support.attention_modules(model)) == [*range(1, N_LAYERS + 1), 9]
+    model.model.layers[-1].self_attn.layer_idx = 8
+    assert list(support.attention_modules(model)) == [*range(1, N_LAYERS + 1), 8]
+
+
+def test_a_layer_that_is_replaced_around_its_attention_is_asked_about_checkpointing() -> None:
+    model = with_lora(tiny_llama()).train()
+    assert not support.uses_reentrant_checkpointing(model)
+    layers = support.base_transformer(model).model.layers
+    layers[1] = copy.copy(layers[1])
+    layers[1].gradient_checkpointing = True
+    layers[1]._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint)
+    assert support.uses_reentrant_checkpointing(model)
 
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_what_was_looked_up_does_not_keep_a_model_alive(bare: bool) -> None:
     model = tiny_llama()
     model = model.model if bare else model
-    support.attention_modules(model)
+    # A way from a layer back to the model, as a hook's closure is.
+    attention = next(iter(support.attention_modules(model).values()))
+    attention.register_forward_hook(lambda module, args, output, model=model: None)
     gone = weakref.ref(model)
-    del model
+    del model, attention
     gc.collect()
     assert gone() is None
 
@@ -502,7 +519,7 @@ def test_transformers_reads_the_attention_name_at_call_time(doors: None, build: 
     AttentionInterface.register("recorder", recorder)
     modules = support.attention_modules(model)
     assert {support.implementation(module) for module in modules.values()} == {"sdpa"}
-    support.set_implementation(modules[0], "recorder")
+    modules[0].config._attn_implementation = "recorder"
     model(**padded_batch("none"))
     assert calls == [(layer, (N_HEADS, 19), 19, 4) for layer in range(N_LAYERS)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from tiny_models import (
     with_lora,
 )
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seekr_peft.attention import AttentionTap, TeacherRows
-from seekr_peft.attention.call import AttentionCall, InterfaceCall
+from seekr_peft.attention.call import KINDS_OF_MASK, AttentionCall, InterfaceCall
 from seekr_peft.errors import CaptureError
 from seekr_peft.heads import HeadSelection
 
@@ -88,7 +90,7 @@ def snapshot(model: nn.Module) -> list[Any]:
         "_forward_hooks_always_called",
         "_backward_hooks",
     )
-    state: list[Any] = []
+    state: list[Any] = [dict(ALL_ATTENTION_FUNCTIONS)]
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         state.append((name, [list(getattr(module, table)) for table in tables], "forward" in vars(module)))
@@ -526,13 +528,111 @@ def test_another_model_of_the_same_class_is_not_touched(one_configuration: bool)
 
 def test_layers_without_selected_heads_keep_the_stock_function() -> None:
     model = tiny_llama()
-    names = {}
+    stock, functions, names = ALL_ATTENTION_FUNCTIONS["sdpa"], {}, set()
     for layer, block in enumerate(model.model.layers):
-        block.self_attn.q_proj.register_forward_hook(
-            lambda module, args, output, layer=layer: names.update({layer: model.config._attn_implementation})
-        )
+
+        def note(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
+            functions[layer] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            names.add(model.config._attn_implementation)
+
+        block.self_attn.q_proj.register_forward_hook(note)
     tapped_rows(model, padded_batch("none"), SOME_HEADS)
-    assert names == {0: "seekr_tap_sdpa", 1: "sdpa", 2: "seekr_tap_sdpa"}
+    assert [functions[layer] is stock for layer in range(N_LAYERS)] == [False, True, False]
+    # Some models do other things under another name.
+    assert names == {"sdpa"}
+
+
+def test_a_model_that_asks_for_its_attentions_name_is_unchanged() -> None:
+    """DeepSeek-V3.2 leaves out its choice of keys where the name is none of transformers' own."""
+    deepseek = pytest.importorskip("transformers.models.deepseek_v32", reason="this transformers has no DeepSeek-V3.2")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 52, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 16}
+    ranks = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 12}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    model = deepseek.DeepseekV32ForCausalLM(
+        deepseek.DeepseekV32Config(
+            vocab_size=VOCABULARY,
+            **sizes,
+            **heads,
+            **ranks,
+            **experts,
+            first_k_dense_replace=2,
+            mlp_layer_types=["dense"] * 2,
+            index_topk=5,
+            pad_token_id=0,
+        )
+    ).eval()
+    batch = padded_batch("none")
+    with torch.no_grad():
+        plain = model(**batch, use_cache=False).logits
+        with AttentionTap(model, HeadSelection({0: [0, 3], 1: [2]})) as tap:
+            tapped = model(**batch, use_cache=False).logits
+    assert torch.equal(plain, tapped)
+    for rows in tap.rows.values():
+        assert (rows > 0).sum(dim=-1).max() == 5
+        torch.testing.assert_close(rows.sum(dim=-1), torch.ones(rows.shape[:3]))
+
+
+def test_a_modelling_files_own_function_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return library(*args, **kwargs)
+
+    model, batch = tiny_llama(), padded_batch("mixed")
+    expected = tapped_rows(model, batch, SOME_HEADS)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+    try:
+        rows = tapped_rows(model, batch, SOME_HEADS)
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert all(torch.equal(rows[layer], expected[layer]) for layer in expected)
+    tapped_rows(model, batch, SOME_HEADS)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is library and "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_models_in_several_threads_do_not_disturb_one_another() -> None:
+    batches = [padded_batch("mixed", seed=seed) for seed in range(4)]
+    expected = [tapped_rows(tiny_llama(), batch, SOME_HEADS) for batch in batches]
+    failures: list[BaseException] = []
+
+    def work(number: int, tapped: bool) -> None:
+        try:
+            model = models[number]
+            for _ in range(25):
+                if not tapped:
+                    with torch.no_grad():
+                        model(**batches[number])
+                    continue
+                rows = tapped_rows(model, batches[number], SOME_HEADS)
+                assert all(torch.equal(rows[layer], expected[number][layer]) for layer in rows)
+        except BaseException as error:
+            failures.append(error)
+
+    models = [tiny_llama() for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(number, number < 3)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_a_mask_for_each_layer_is_not_kept_for_all_of_them() -> None:
+    model, batch = tiny_llama(), padded_batch("mixed")
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}),
+            with_kwargs=True,
+        )
+    expected = tapped_rows(tiny_llama(), batch, EVERY_HEAD)
+    with torch.no_grad(), AttentionTap(model, EVERY_HEAD) as tap:
+        model(**batch)
+        assert [len(queries.masks) for queries in tap._selections.values()] == [KINDS_OF_MASK] and N_LAYERS > 2
+    assert all(torch.equal(tap.rows[layer], expected[layer]) for layer in expected)
 
 
 def test_a_tap_without_heads_does_nothing_on_any_model() -> None:

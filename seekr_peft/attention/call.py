@@ -33,12 +33,15 @@ from .rows import (
 )
 from .support import flex_allowed
 
+KINDS_OF_MASK = 2
+"""Masks that the layers of a model share at most: a full and a sliding one."""
+
 
 @dataclass(frozen=True)
 class QuerySelection:
     """Query positions of a forward: ``positions`` int64 (batch, n_queries), ``real`` bool of the same shape, False
-    where the position holds padding; ``every`` when these are all the positions in order. ``masks`` of the layers so
-    far, which most layers share."""
+    where the position holds padding; ``every`` when these are all the positions in order. ``masks`` of the last
+    ``KINDS_OF_MASK`` kinds, which most layers share."""
 
     positions: Tensor
     real: Tensor
@@ -118,6 +121,9 @@ class InterfaceCall:
             return self._make_mask(queries)
         key = (id(given), self.query.shape[2], self.key.shape[2], self.causal, self.sliding_window)
         if key not in queries.masks:
+            if len(queries.masks) == KINDS_OF_MASK:
+                # A model that gives each layer a mask of its own.
+                del queries.masks[next(iter(queries.masks))]
             # Kept beside it, the given mask cannot pass its id on to another.
             queries.masks[key] = (given, self._make_mask(queries))
         return queries.masks[key][1]

@@ -359,6 +359,9 @@ def _coarse_kl(
     """
     indices, kept, remaining = _teacher_part(teacher, part)
     logits = _logits(inputs, part)
+    if inputs.mask.bias is not None:
+        # As the query of a row that does not count, its bias may hold anything.
+        logits.masked_fill_((weight == 0)[..., None], 0)
     rows = torch.softmax(logits, dim=-1)
     # The largest probability cannot underflow, so this is the log-sum-exp.
     log_sum = logits.amax(dim=-1) - rows.amax(dim=-1).log()

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -25,21 +25,27 @@ EAGER = "eager"
 @dataclass(frozen=True)
 class _Structure:
     """What a walk over all modules below the root found; walks before every forward would take 1.4 % of a small model's
-    step. Does not hold the root, whose end is the end of this."""
+    step. Weak references only: a module may lead back to the root, whose end is the end of this."""
 
-    attention: dict[int, nn.Module]
-    paths: dict[int, str]
-    lists: dict[nn.ModuleList, int]
-    recomputable: list[nn.Module]
+    attention: list[tuple[str, int, ref[nn.Module]]]
+    """Path, layer index and module."""
+    lists: dict[str, list[ref[nn.Module]]]
+    recomputable: list[ref[nn.Module]]
 
     def holds(self, root: nn.Module) -> bool:
-        """False when an attention module was replaced or a list of layers has changed its length."""
-        if any(len(modules) != length for modules, length in self.lists.items()):
-            return False
+        """False when an attention module, its layer index or the layers of some list have changed."""
         try:
-            return all(root.get_submodule(path) is self.attention[layer] for layer, path in self.paths.items())
+            for path, layer, module in self.attention:
+                found = root.get_submodule(path)
+                if found is not module() or getattr(found, "layer_idx", None) != layer:
+                    return False
+            for path, members in self.lists.items():
+                now = list(root.get_submodule(path).children())
+                if len(now) != len(members) or any(a is not b() for a, b in zip(now, members, strict=True)):
+                    return False
         except AttributeError:
             return False
+        return True
 
 
 _STRUCTURES: WeakKeyDictionary[nn.Module, _Structure] = WeakKeyDictionary()
@@ -64,7 +70,22 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     Raises:
         CaptureError: The model has none (state-space models), or several per layer (encoder-decoders).
     """
-    return dict(_structure(base_transformer(model)).attention)
+    root = base_transformer(model)
+    name = type(root).__name__
+    modules: dict[int, nn.Module] = {}
+    for path, layer, module in _structure(root).attention:
+        if layer in modules:
+            raise CaptureError(
+                f"{name} has more than one self-attention module with layer index {layer} (the second is "
+                f"{path}); encoder-decoder models are not supported, use a decoder-only or encoder-only model."
+            )
+        modules[layer] = _alive(module)
+    if not modules:
+        raise CaptureError(
+            f"{name} has no softmax attention module that carries a layer index, so there is no attention to distil; "
+            f"use a model with attention layers, or method 'replay', which needs none."
+        )
+    return modules
 
 
 def head_shape(model: nn.Module) -> tuple[int, int]:
@@ -81,21 +102,17 @@ def implementation(module: nn.Module) -> str:
     return EAGER if config is None else config._attn_implementation or EAGER
 
 
-def set_implementation(module: nn.Module, name: str) -> None:
-    """Change the name that ``module`` dispatches on; the configuration is shared by all layers."""
-    module.config._attn_implementation = name
-
-
 def attention_functions(module: nn.Module) -> Any:
-    """The table of attention functions that this module's modelling file looks names up in, or None."""
+    """The table of attention functions that this module's modelling file looks names up in at call time, or None. An
+    entry that is set there goes before the library's own, and deleting it brings that back."""
     return getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
 
 
 def uses_reentrant_checkpointing(model: nn.Module, in_any_mode: bool = False) -> bool:
     """True when some layer recomputes its forward by reentrant activation checkpointing; ``in_any_mode`` also counts
     those that will only in training mode."""
-    root = base_transformer(model)
-    for module in (root, *_structure(root).recomputable):
+    for found in _structure(base_transformer(model)).recomputable:
+        module = found()
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if not ((module.training or in_any_mode) and getattr(module, "gradient_checkpointing", False) and checkpoint):
             continue
@@ -137,27 +154,22 @@ def _structure(root: nn.Module) -> _Structure:
 
 
 def _walk(root: nn.Module) -> _Structure:
-    name = type(root).__name__
-    attention: dict[int, nn.Module] = {}
-    paths: dict[int, str] = {}
+    attention, lists, recomputable = [], {}, []
     for path, module in root.named_modules():
-        if not _is_self_attention(module):
-            continue
-        layer = int(module.layer_idx)
-        if layer in attention:
-            raise CaptureError(
-                f"{name} has more than one self-attention module with layer index {layer} (the second is "
-                f"{path}); encoder-decoder models are not supported, use a decoder-only or encoder-only model."
-            )
-        attention[layer], paths[layer] = module, path
-    if not attention:
-        raise CaptureError(
-            f"{name} has no softmax attention module that carries a layer index, so there is no attention to distil; "
-            f"use a model with attention layers, or method 'replay', which needs none."
-        )
-    lists = {module: len(module) for module in root.modules() if isinstance(module, nn.ModuleList)}
-    recomputable = [m for m in root.modules() if m is not root and hasattr(m, "gradient_checkpointing")]
-    return _Structure(attention, paths, lists, recomputable)
+        if _is_self_attention(module):
+            attention.append((path, int(module.layer_idx), ref(module)))
+        if isinstance(module, nn.ModuleList):
+            lists[path] = [ref(member) for member in module.children()]
+        if hasattr(module, "gradient_checkpointing"):
+            recomputable.append(ref(module))
+    return _Structure(attention, lists, recomputable)
+
+
+def _alive(module: ref[nn.Module]) -> nn.Module:
+    """``holds`` has just found it in the model."""
+    found = module()
+    assert found is not None
+    return found
 
 
 def _is_self_attention(module: nn.Module) -> bool:

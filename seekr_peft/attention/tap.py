@@ -1,15 +1,17 @@
 """``AttentionTap``: see the attention rows of selected heads while a stock kernel computes the forward.
 
-How it works. Forward hooks on the attention modules of the *selected* layers switch the name in the model's
-configuration to a tapped twin for just that module's call; the twin switches it back, runs the stock kernel on the
-same arguments (so the logits are bitwise those of an untapped model) and hands q, k, v to the observers. Masks are
-made by the model before, under the stock name. Eager kernels have no such door: there the hook reads the weights that
-the module returns. Everything is undone on exit. May import ``heads``, ``errors`` and the other attention modules.
+How it works. For the call of an attention module of a *selected* layer, forward hooks put a stand-in for the attention
+function of its name into the table in which the module looks it up; the stand-in runs the stock kernel on the same
+arguments (so the logits are bitwise those of an untapped model) and hands q, k, v to the observers. The name in the
+configuration stays, since some models (DeepSeek-V3.2) do other things under another. Eager kernels have no such door:
+there the hook reads the weights that the module returns. Everything is undone on exit. May import ``heads``, ``errors``
+and the other attention modules.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -26,7 +28,6 @@ from .call import AttentionCall, EagerCall, InterfaceCall, QuerySelection
 Observer = Callable[[int, AttentionCall], Tensor]
 """Given a layer index and its call, returns what ``AttentionTap.values`` keeps for that layer."""
 
-_PREFIX = "seekr_tap_"
 _LISTENERS: WeakKeyDictionary[nn.Module, list[AttentionTap]] = WeakKeyDictionary()
 
 
@@ -46,7 +47,7 @@ class AttentionTap:
     Inside the block ``rows[layer]`` is (batch, n_selected, n_queries, n_keys), float32 (float64 for float64 models),
     differentiable; rows sum to 1, rows whose query is padding (by the forward's 2D ``attention_mask``) are 0, and
     they are taken before attention dropout. They are those of the latest forward; a recomputation by activation
-    checkpointing is not counted again. ``backward`` must run inside the block.
+    checkpointing is not counted again. ``backward`` must run inside the block, and before the next forward.
 
     Raises:
         CaptureError: A layer or head does not exist, the model has no attention, reentrant checkpointing is on while
@@ -252,33 +253,55 @@ def _positions(queries: Tensor, batch: int, length: int) -> Tensor:
     return torch.where(queries < 0, queries + length, queries).expand(batch, -1)
 
 
+class _Tapped:
+    """Stands in for the attention function ``stock`` while tapped modules run: ``callers`` are the (thread, module)
+    whose next call is to be observed. Any other call passes through."""
+
+    def __init__(self, stock: Callable[..., Any]) -> None:
+        self.stock = stock
+        self.callers: set[tuple[int, int]] = set()
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not _switch_off(module):
+            return self.stock(module, *args, **kwargs)
+        return _tapped_forward(self.stock, module, *args, **kwargs)
+
+
+_TABLE_LOCK = threading.Lock()
+"""The table is shared by all models of the process."""
+
+
 def _switch_on(module: nn.Module, args: Any) -> None:
-    name = support.implementation(module)
-    if not name.startswith(_PREFIX):
-        support.set_implementation(module, _tapped_twin(module, name))
-
-
-def _switch_off(module: nn.Module) -> None:
-    name = support.implementation(module)
-    if name.startswith(_PREFIX):
-        support.set_implementation(module, name.removeprefix(_PREFIX))
-
-
-def _tapped_twin(module: nn.Module, name: str) -> str:
-    """Register (once) the tapped twin of attention function ``name`` and return its name."""
-    from transformers import AttentionInterface
-
-    functions = support.attention_functions(module)
+    functions, name = support.attention_functions(module), support.implementation(module)
     if functions is None or name not in functions:
         # The module does not dispatch by name; the check after its forward says so.
-        return name
-    twin = _PREFIX + name
-    if twin not in functions:
-        AttentionInterface.register(twin, _tapped_forward)
-    return twin
+        return
+    with _TABLE_LOCK:
+        function = functions[name]
+        if not isinstance(function, _Tapped):
+            function = functions[name] = _Tapped(function)
+        function.callers.add((threading.get_ident(), id(module)))
+
+
+def _switch_off(module: nn.Module) -> bool:
+    """Whether it was on for ``module``; the last one puts the stock function back."""
+    functions, name = support.attention_functions(module), support.implementation(module)
+    with _TABLE_LOCK:
+        function = None if functions is None else functions.get(name)
+        caller = threading.get_ident(), id(module)
+        if not isinstance(function, _Tapped) or caller not in function.callers:
+            return False
+        function.callers.remove(caller)
+        if not function.callers:
+            del functions[name]
+            if functions.get(name) is not function.stock:
+                # The modelling file's own, not the library's.
+                functions[name] = function.stock
+        return True
 
 
 def _tapped_forward(
+    stock: Callable[..., Any],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -287,14 +310,12 @@ def _tapped_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Run the stock kernel on the same arguments, then show q, k, v to the taps that listen to this module."""
-    _switch_off(module)
     refused = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if refused:
         raise CaptureError(
             f"{type(module).__name__} uses {refused[0]}, which changes the softmax; load the model with "
             f"attn_implementation='eager' to capture its attention."
         )
-    stock = support.attention_functions(module)[support.implementation(module)]
     output, weights = stock(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     for tap in tuple(_LISTENERS.get(module, ())):
