@@ -31,7 +31,7 @@ from transformers.masking_utils import sdpa_mask
 
 from seekr_peft.adapters import AdapterStack
 from seekr_peft.attention import head_shape
-from seekr_peft.attention.support import attention_modules, set_implementation
+from seekr_peft.attention.support import base_transformer
 from seekr_peft.forward import answer_logits, evaluation_mode
 from seekr_peft.heads import HeadSelection, normalise_per_layer
 from seekr_peft.losses import label_loss
@@ -79,12 +79,12 @@ def grafting(model: nn.Module) -> Iterator[None]:
     name = "sdpa_with_graft"
     AttentionInterface.register(name, grafted_attention)
     AttentionMaskInterface.register(name, sdpa_mask)
-    module = next(iter(attention_modules(model).values()))
-    set_implementation(module, name)
+    transformer = base_transformer(model)
+    transformer.set_attn_implementation(name)
     try:
         yield
     finally:
-        set_implementation(module, "sdpa")
+        transformer.set_attn_implementation("sdpa")
         _GRAFT.rows, _GRAFT.heads = {}, {}
 
 
