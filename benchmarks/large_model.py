@@ -123,8 +123,8 @@ def build(config: LlamaConfig, recipe: Recipe, device: str) -> PeftModel:
 def weight_bytes(model: nn.Module) -> int:
     """Of all weights and buffers, with what the 4-bit layers keep beside theirs."""
     total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
         for part in (state, getattr(state, "state2", None)):
             kept = (getattr(part, name, None) for name in ("absmax", "code", "offset"))
             total += sum(tensor.nbytes for tensor in kept if isinstance(tensor, Tensor))

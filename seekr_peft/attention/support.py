@@ -113,6 +113,8 @@ def uses_reentrant_checkpointing(model: nn.Module, in_any_mode: bool = False) ->
     those that will only in training mode."""
     for found in _structure(base_transformer(model)).recomputable:
         module = found()
+        if module is None:
+            continue
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if not ((module.training or in_any_mode) and getattr(module, "gradient_checkpointing", False) and checkpoint):
             continue
