@@ -427,10 +427,11 @@ def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, length: int, answ
             parameter.requires_grad_(True)
     # The rows from before the task are all there when the second forward begins and are dropped layer by layer.
     rows = n_heads * len(sample.queries) * length * 4
-    # Each layer's q, k, v and output, which the gradients are made from: checkpointing does not drop them.
+    # The gradients of all layers' outputs at the end, and each layer's q, k, v and output, which the sensitivity comes
+    # from: checkpointing does not drop them.
     checkpointed = any(recipe.training.get(name) for name in CHECKPOINTING)
     size = compute_dtype(recipe.model).itemsize
-    kept = 4 * n_layers * n_heads * _head_dim(model) * length * size if checkpointed else 0
+    kept = (5 if checkpointed else 1) * n_layers * n_heads * _head_dim(model) * length * size
     return max(memory.peak // 2 + (n_layers + 2) * rows, memory.peak + kept + 3 * rows)
 
 
