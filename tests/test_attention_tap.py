@@ -574,7 +574,22 @@ def test_a_model_that_asks_for_its_attentions_name_is_unchanged() -> None:
         torch.testing.assert_close(rows.sum(dim=-1), torch.ones(rows.shape[:3]))
 
 
-def test_a_modelling_files_own_function_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_forward_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch runs no hook after what is no Exception."""
+    model, batch = tiny_llama(), padded_batch("none")
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[2].self_attn.q_proj, "forward", interrupt)
+        before = snapshot(model)
+        with pytest.raises(KeyboardInterrupt), AttentionTap(model, SOME_HEADS):
+            model(**batch)
+        assert snapshot(model) == before
+
+
+def test_a_modelling_files_own_function_is_put_back() -> None:
     library = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def own(*args: Any, **kwargs: Any) -> Any:

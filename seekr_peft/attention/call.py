@@ -97,20 +97,18 @@ class InterfaceCall:
 
     def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor:
         """(batch, n_selected) sums of squares of dL/dA, from the gradient of ``gradient_target``."""
-        gradient = gradient.transpose(1, 2).index_select(1, self.heads)
+        gradient, queries = gradient.transpose(1, 2), self.queries
         value = head_keys(self.value, self.heads, self.query.shape[1])
-        if every_query and self.attention_mask is None and self.sliding_window is None:
-            same_length = self.query.shape[2] == self.key.shape[2]
-            if not self.causal:
-                return gradient_squares_full(gradient, value)
-            if same_length:
-                return gradient_squares_causal(gradient, value)
-        queries = self.queries
         if every_query:
+            gradient = gradient.index_select(1, self.heads)
+            if self.attention_mask is None and self.sliding_window is None:
+                if not self.causal:
+                    return gradient_squares_full(gradient, value)
+                if self.query.shape[2] == self.key.shape[2]:
+                    return gradient_squares_causal(gradient, value)
             queries = every_position(self.query, None)
         else:
-            positions = queries.positions[:, None, :, None]
-            gradient = gradient.gather(2, positions.expand(-1, gradient.shape[1], -1, gradient.shape[3]))
+            gradient = head_queries(gradient, self.heads, queries.positions)
         gradient = gradient * queries.real[:, None, :, None]
         return gradient_squares(gradient, value, self._mask(queries).allowed)
 

@@ -151,6 +151,8 @@ class AttentionTap:
         if support.implementation(module) == support.EAGER:
             self._hook(undo, module.register_forward_hook(self._read_weights(layer)))
             return
+        # After a KeyboardInterrupt no hook runs.
+        undo.callback(_switch_off, module)
         self._hook(undo, module.register_forward_pre_hook(_switch_on))
         self._hook(undo, module.register_forward_hook(self._check_seen(layer), always_call=True))
 
