@@ -1,7 +1,8 @@
 """A replay batch: padded samples of several tasks with their teachers' rows and logits, ready for one forward.
 
 Samples of different tasks have different selected heads (a selection is frozen with its task), so each layer gets
-the union of the batch's heads, and weights that are 0 where a sample did not select a head. May import ``storage``.
+the union of the batch's heads, and weights that are 0 where a sample did not select a head. May import ``storage`` and
+``codec``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from ..attention.rows import TeacherRows
 from ..heads import HeadSelection
 from ..losses import IGNORED, TeacherDistributions
+from .codec import SparseRows
 from .samples import ReplaySample
-from .storage import TeacherSignals
+from .storage import TeacherSignals, join_layers
 
 
 @dataclass(frozen=True)
@@ -73,46 +75,89 @@ def collate(
     pad_token_id: int = 0,
 ) -> ReplayBatch:
     """Pad and join; ``selections[i]`` and ``signals[i]`` belong to ``samples[i]``."""
+    return collate_flat(
+        samples,
+        selections,
+        [
+            join_layers(signal.rows, selection) if selection else None
+            for signal, selection in zip(signals, selections, strict=True)
+        ],
+        [signal.logits for signal in signals if signal.logits is not None],
+        pad_token_id,
+        torch.device("cpu"),
+    )
+
+
+def collate_flat(
+    samples: Sequence[ReplaySample],
+    selections: Sequence[HeadSelection],
+    rows: Sequence[SparseRows | None],
+    logits: Sequence[TeacherDistributions],
+    pad_token_id: int,
+    device: torch.device,
+) -> ReplayBatch:
+    """The same from rows as they are stored, by layer, then selected head, then query, and already on ``device``."""
     length = max(len(sample.input_ids) for sample in samples)
     n_queries = max(len(sample.queries) for sample in samples)
     heads = _union(selections)
-    layers = {layer: _layer(layer, heads, samples, selections, signals, n_queries) for layer in heads}
-    logits = [signal.logits for signal in signals if signal.logits is not None]
     return ReplayBatch(
-        _pad([sample.input_ids for sample in samples], length, pad_token_id),
-        _pad([torch.ones_like(sample.input_ids) for sample in samples], length, 0),
-        _pad([sample.labels for sample in samples], length, IGNORED),
-        _pad([sample.queries for sample in samples], n_queries, 0),
+        _pad([sample.input_ids for sample in samples], length, pad_token_id).to(device),
+        _pad([torch.ones_like(sample.input_ids) for sample in samples], length, 0).to(device),
+        _pad([sample.labels for sample in samples], length, IGNORED).to(device),
+        _pad([sample.queries for sample in samples], n_queries, 0).to(device),
         heads,
-        layers,
+        _layers(heads, samples, selections, rows, n_queries, device) if heads else {},
         _join(logits) if len(logits) == len(samples) else None,
     )
 
 
-def _layer(
-    layer: int,
+def _layers(
     heads: HeadSelection,
     samples: Sequence[ReplaySample],
     selections: Sequence[HeadSelection],
-    signals: Sequence[TeacherSignals],
+    rows: Sequence[SparseRows | None],
     n_queries: int,
-) -> LayerTeacher:
-    union = heads[layer]
-    k = max(signal.rows[layer].indices.shape[-1] for signal in signals if layer in signal.rows)
-    shape = (len(samples), len(union), n_queries)
+    device: torch.device,
+) -> dict[int, LayerTeacher]:
+    """Each layer's block of arrays over all layers, which take as many calls to fill as one layer's would."""
+    k = max(found.indices.shape[-1] for found in rows if found is not None)
+    n_rows = heads.n_heads * len(samples) * n_queries
     # Half of int64, which a layer's indices become while they are used.
-    indices = torch.zeros(*shape, k, dtype=torch.int32)
-    probabilities, remaining, weights = torch.zeros(*shape, k), torch.zeros(shape), torch.zeros(shape)
-    for i, (sample, selection, signal) in enumerate(zip(samples, selections, signals, strict=True)):
-        if layer not in signal.rows:
+    indices = torch.zeros(n_rows, k, dtype=torch.int32, device=device)
+    probabilities = torch.zeros(n_rows, k, device=device)
+    remaining, weights = torch.zeros(n_rows, device=device), torch.zeros(n_rows, device=device)
+    starts, start = {}, 0
+    for layer, union in heads.items():
+        starts[layer] = start
+        start += len(samples) * len(union) * n_queries
+    for i, (sample, selection, found) in enumerate(zip(samples, selections, rows, strict=True)):
+        if found is None:
             continue
-        row, count = signal.rows[layer], len(sample.queries)
-        places = torch.tensor([union.index(head) for head in selection[layer]])
-        indices[i, places, :count, : row.indices.shape[-1]] = row.indices.int()
-        probabilities[i, places, :count, : row.indices.shape[-1]] = row.probabilities
-        remaining[i, places, :count] = row.remaining
-        weights[i, places, :count] = 1 / (len(places) * count * len(selection) * len(samples))
-    return LayerTeacher(TeacherRows(indices, probabilities, remaining), weights)
+        count = len(sample.queries)
+        first_rows, shares = [], []
+        for layer, chosen in selection.items():
+            union = heads[layer]
+            for head in chosen:
+                first_rows.append(starts[layer] + (i * len(union) + union.index(head)) * n_queries)
+                shares.append(1 / (len(chosen) * count * len(selection) * len(samples)))
+        places = torch.tensor(first_rows)[:, None] + torch.arange(count)
+        places = places.flatten().to(device)
+        width = found.indices.shape[-1]
+        indices[places, :width] = found.indices.int()
+        probabilities[places, :width] = found.probabilities
+        remaining[places] = found.remaining
+        weights[places] = torch.tensor(shares).repeat_interleave(count).to(device)
+    layers = {}
+    for layer, union in heads.items():
+        shape = (len(samples), len(union), n_queries)
+        block = slice(starts[layer], starts[layer] + len(samples) * len(union) * n_queries)
+        layers[layer] = LayerTeacher(
+            TeacherRows(
+                indices[block].view(*shape, k), probabilities[block].view(*shape, k), remaining[block].view(shape)
+            ),
+            weights[block].view(shape),
+        )
+    return layers
 
 
 def _union(selections: Sequence[HeadSelection]) -> HeadSelection:
@@ -130,7 +175,7 @@ def _pad(rows: list[Tensor], length: int, value: int) -> Tensor:
     return batch
 
 
-def _join(parts: list[TeacherDistributions]) -> TeacherDistributions:
+def _join(parts: Sequence[TeacherDistributions]) -> TeacherDistributions:
     k = max(part.indices.shape[-1] for part in parts)
     pad = torch.nn.functional.pad
     return TeacherDistributions(

@@ -1,6 +1,6 @@
 """``ReplayMemory``: the memories of all finished tasks and the endless, seeded order in which they are replayed.
 
-May import ``storage``, ``batch``, ``samples`` and ``errors``.
+May import ``storage``, ``batch``, ``codec``, ``samples``, ``losses`` and ``errors``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from pathlib import Path
 
 import torch
 
-from .batch import ReplayBatch, collate
+from ..losses import TeacherDistributions
+from .batch import ReplayBatch, collate_flat
+from .codec import unpack
 from .storage import TaskMemory
 
 
 class ReplayMemory:
     """Replay samples and teacher signals of finished tasks, on disk and memory-mapped.
 
-    ``tasks`` is in the order of training. ``stream`` walks all samples in a seeded order, reshuffled each pass, so
+    ``tasks`` is in the order of training. ``order`` walks all samples in a seeded order, reshuffled each pass, so
     every sample is replayed equally often.
     """
 
@@ -41,17 +43,30 @@ class ReplayMemory:
         """Append a finished task's memory."""
         self.tasks.append(task)
 
-    def batch(self, places: list[tuple[int, int]], pad_token_id: int = 0) -> ReplayBatch:
-        """The batch of the samples at ``places``, pairs of task index and sample index."""
-        return collate(
+    def batch(
+        self, places: list[tuple[int, int]], pad_token_id: int = 0, device: torch.device | None = None
+    ) -> ReplayBatch:
+        """The batch of the samples at ``places``, pairs of task index and sample index, on ``device`` (by default the
+        CPU). What lies on disk is moved as it is and decoded there."""
+        device = device or torch.device("cpu")
+        packed = [self.tasks[task].packed(index) for task, index in places]
+        logits = [unpack(found.logits.to(device)) for found in packed if found.logits is not None]
+        return collate_flat(
             [self.tasks[task].sample(index) for task, index in places],
             [self.tasks[task].selection for task, _ in places],
-            [self.tasks[task].signals(index) for task, index in places],
+            [None if found.rows is None else unpack(found.rows.to(device)) for found in packed],
+            [TeacherDistributions(**vars(rows)) for rows in logits],
             pad_token_id,
+            device,
         )
 
     def stream(self, batch_size: int, seed: int, pad_token_id: int = 0) -> Iterator[ReplayBatch]:
-        """Batches without end; the last of a pass may be filled from the next pass. Nothing when empty."""
+        """Batches on the CPU in the order of ``order``."""
+        for places in self.order(batch_size, seed):
+            yield self.batch(places, pad_token_id)
+
+    def order(self, batch_size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+        """Places of batches without end; the last of a pass may be filled from the next pass. Nothing when empty."""
         places = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
         if not places:
             return
@@ -62,5 +77,5 @@ class ReplayMemory:
             while len(queue) < size:
                 order = torch.randperm(len(places), generator=generator).tolist()
                 queue.extend(places[i] for i in order)
-            yield self.batch(queue[:size], pad_token_id)
+            yield queue[:size]
             queue = queue[size:]

@@ -63,7 +63,7 @@ class PackedSignals:
         """Pack ``signals``, whose rows are those of the heads in ``selection``."""
         rows, logits = None, signals.logits
         if selection:
-            rows = pack(_join_layers(signals.rows, selection), storage_dtype, GAP_DTYPES["rows"])
+            rows = pack(join_layers(signals.rows, selection), storage_dtype, GAP_DTYPES["rows"])
         return cls(rows, pack(SparseRows(**vars(logits)), storage_dtype, GAP_DTYPES["logits"]) if logits else None)
 
 
@@ -167,17 +167,23 @@ class TaskMemory:
 
     def signals(self, index: int) -> TeacherSignals:
         """What the teacher did on the ``index``-th sample; probabilities and remaining mass sum to 1, float32."""
+        packed = self.packed(index)
         rows: dict[int, TeacherRows] = {}
-        if self.selection:
+        if packed.rows is not None:
             queries = self._span("query_offsets", index)
-            n_queries, n_heads = queries.stop - queries.start, self.selection.n_heads
-            packed = self._packed("rows", slice(queries.start * n_heads, queries.stop * n_heads), index)
-            rows = _split_by_layer(unpack(packed), self.selection, n_queries)
-        logits = None
-        if "logits.values" in self._names:
-            packed = self._packed("logits", self._span("answer_offsets", index), index)
-            logits = TeacherDistributions(**vars(unpack(packed)))
+            rows = _split_by_layer(unpack(packed.rows), self.selection, queries.stop - queries.start)
+        logits = None if packed.logits is None else TeacherDistributions(**vars(unpack(packed.logits)))
         return TeacherSignals(rows, logits)
+
+    def packed(self, index: int) -> PackedSignals:
+        """The same as it lies on disk."""
+        rows = logits = None
+        if self.selection:
+            queries, n_heads = self._span("query_offsets", index), self.selection.n_heads
+            rows = self._packed("rows", slice(queries.start * n_heads, queries.stop * n_heads), index)
+        if "logits.values" in self._names:
+            logits = self._packed("logits", self._span("answer_offsets", index), index)
+        return PackedSignals(rows, logits)
 
     @classmethod
     def write(
@@ -290,7 +296,7 @@ def _join_packed(kind: str, parts: list[PackedRows]) -> dict[str, Tensor]:
     }
 
 
-def _join_layers(rows: dict[int, TeacherRows], selection: HeadSelection) -> SparseRows:
+def join_layers(rows: dict[int, TeacherRows], selection: HeadSelection) -> SparseRows:
     """One sample's rows of all layers behind one another: by layer, head, query."""
     k = max(rows[layer].indices.shape[-1] for layer in selection)
 
@@ -305,7 +311,7 @@ def _join_layers(rows: dict[int, TeacherRows], selection: HeadSelection) -> Spar
 
 
 def _split_by_layer(rows: SparseRows, selection: HeadSelection, n_queries: int) -> dict[int, TeacherRows]:
-    """The inverse of ``_join_layers``, each layer cut to its longest row."""
+    """The inverse of ``join_layers``, each layer cut to its longest row."""
     layers, start = {}, 0
     for layer, heads in selection.items():
         part, shape = slice(start, start + len(heads) * n_queries), (len(heads), n_queries)
