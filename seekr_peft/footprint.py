@@ -2,32 +2,36 @@
 
 The model is built from its configuration on the meta device, where tensors have a size but no memory, and each phase's
 forward and backward runs there while the sizes are counted. May import ``recipe``, ``memory``, ``peak_memory``,
-``attention``, ``config`` and ``errors``.
+``attention``, ``heads``, ``config`` and ``errors``.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from .adapters import resolved_rank_limit
-from .attention.call import KINDS_OF_MASK
-from .attention.rows import BROADEST, CHUNK_BYTES
-from .attention.support import attention_modules, head_shape
-from .config import SeekrConfig
+from .attention import AttentionTap, TeacherRows, attention_modules, head_shape, row_kl, row_probabilities
+from .attention.call import AttentionCall, InterfaceCall, Watched
+from .attention.rows import BROADEST, gradient_squares, gradient_squares_causal, head_queries
+from .config import SeekrConfig, budget_count
 from .errors import ConfigError
 from .forward import evaluation_mode
+from .heads import HeadSelection
 from .memory import ReplaySample, choose_queries, estimate_bytes, replay_count
 from .methods import ContinualMethod, get_method
 from .modeling import CHECKPOINTING, compute_dtype, resolve_name
@@ -38,6 +42,9 @@ from .tasks import read_tasks
 _ATTENTION = "seekr_footprint"
 _BYTES_OF_4_BIT_BLOCK = 64
 """bitsandbytes keeps one scale for so many 4-bit weights."""
+
+_EARLIER = "earlier"
+"""The frozen sum of the earlier tasks' adapters, which acts beside the task's own."""
 
 _OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0, "sgd": 0, "adam": 8}
 """State bytes of an optimizer for one trained number, by what its name holds; the first match counts."""
@@ -104,6 +111,7 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     kind = get_method(recipe.method_name)
     n_tasks = 1 if kind.joint else len(task_order(recipe))
     adapters, optimizer = _adapter_bytes(recipe, model, n_tasks)
+    _add_earlier(recipe, model, n_tasks)
     base = sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" not in name)
     base += _scale_bytes(recipe, model) + sum(buffer.nbytes for buffer in model.buffers())
     method = recipe.method_config()
@@ -111,7 +119,10 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     distils_logits = method.logits_distillation and "logits" in kind.teacher_signals
     logit_top_k = method.logit_top_k if distils_logits else 0
     sample = _sample(length, answers, method)
-    phases = {"training": _training(recipe, model, length)}
+    # The Trainer's accelerate leaves the model's forward under autocast, so scoring is too; generate() goes past it.
+    lowered = next((kind for name, kind in _LOWERED.items() if recipe.training.get(name)), None)
+    with _autocast(model, lowered):
+        phases = {"training": _training(recipe, model, length)}
     n_samples = per_sample = 0
     if kind.replay_terms is not ContinualMethod.replay_terms:
         n_heads, at_hand = 0, n_train
@@ -122,10 +133,12 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
             n_heads = method.distilled_heads(len(attention_modules(model)), head_shape(model)[1])
         if kind.uses_replay:
             per_sample = _sample_bytes(model, method, sample, n_heads, logit_top_k)
-        phases["replay"] = _replay(recipe, model, length, answers, n_heads, logit_top_k, at_hand)
-        if attention:
-            phases["scoring"] = _scoring(recipe, model, sample, length, answers)
-    phases["evaluation"] = _evaluation(recipe, model, length)
+        with _autocast(model, lowered):
+            phases["replay"] = _replay(recipe, model, sample, answers, n_heads, logit_top_k, at_hand)
+            if attention:
+                phases["scoring"] = _scoring(recipe, model, sample, answers)
+    # Beside an answer that is not known a prompt may take all the room.
+    phases["evaluation"] = _evaluation(recipe, model, length - min(answer_tokens or 0, length - 1))
     return Footprint(
         base, adapters, optimizer, phases, n_tasks, n_samples, per_sample, n_tasks * n_samples * per_sample
     )
@@ -220,10 +233,63 @@ def _meta_model(recipe: Recipe, config: Any) -> Any:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.enable_input_require_grads()
         model = get_peft_model(base, LoraConfig(**recipe.adapter.lora()))
-    for name, lowered in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if recipe.training.get(name):
-            _autocast(model, lowered)
+    _mimic_lora(recipe, model)
     return model
+
+
+def _add_earlier(recipe: Recipe, model: Any, n_tasks: int) -> None:
+    """The adapter that AdapterStack keeps beside the last task's."""
+    rank = _earlier_rank(recipe, n_tasks)
+    if not rank:
+        return
+    own = model.active_adapter
+    config = replace(
+        model.peft_config[own], r=rank, lora_alpha=rank, lora_dropout=0.0, rank_pattern={}, alpha_pattern={}
+    )
+    with torch.device("meta"):
+        model.add_adapter(_EARLIER, config)
+    _mimic_lora(recipe, model)
+    model.base_model.set_adapter([_EARLIER, own])
+    for name, parameter in model.named_parameters():
+        if f".{_EARLIER}." in name:
+            parameter.requires_grad_(False)
+
+
+def _earlier_rank(recipe: Recipe, n_tasks: int) -> int:
+    if recipe.adapter.mode != "stack":
+        return 0
+    own = _own_rank(recipe)
+    ranks = own * (n_tasks - 1)
+    return min(ranks, resolved_rank_limit(recipe.adapter.rank_limit, own) or ranks)
+
+
+def _own_rank(recipe: Recipe) -> int:
+    lora = recipe.adapter.lora()
+    return int(max([lora["r"], *(lora.get("rank_pattern") or {}).values()]))
+
+
+def _mimic_lora(recipe: Recipe, model: nn.Module) -> None:
+    if recipe.model.quantization == "nf4":
+        for module in model.modules():
+            if type(module) is LoraLinear and isinstance(module.base_layer, _QuantizedLinear):
+                module.__class__ = _LoraOf4Bit
+
+
+class _LoraOf4Bit(LoraLinear):
+    """As PEFT's layer over a 4-bit one: it copies the product, and one adapter's output is there until the next's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x)
+        result = result.clone()
+        # PEFT asks for a GPU's autocast only, so under a CPU's it converts.
+        converts = not torch.cuda.is_available()
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                x = x.to(self.lora_A[name].weight.dtype) if converts else x
+                output = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+                output = output.to(result.dtype) if converts else output
+                result = result + output
+        return result
 
 
 def _quantize(base: nn.Module, recipe: Recipe, dtype: torch.dtype) -> None:
@@ -286,26 +352,51 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+_LOWERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class _LoweredLinear(nn.Linear):
     """A linear layer under autocast, which torch does not have for the meta device."""
 
     lowered: torch.dtype
+    casts: list[Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(
-            input.to(self.lowered),
-            self.weight.to(self.lowered),
-            None if self.bias is None else self.bias.to(self.lowered),
-        )
+        weight = self.weight.to(self.lowered)
+        if self.weight.requires_grad:
+            # Autocast keeps a trained weight's cast until its block ends.
+            self.casts.append(weight)
+        return F.linear(input.to(self.lowered), weight, None if self.bias is None else self.bias.to(self.lowered))
 
 
-def _autocast(model: nn.Module, dtype: torch.dtype) -> None:
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = _LoweredLinear
-            module.lowered = dtype
-    for module in attention_modules(model).values():
-        module.lowered = dtype
+@contextmanager
+def _autocast(model: nn.Module, lowered: torch.dtype | None) -> Iterator[None]:
+    """The model's forward under autocast and its output in float32, as accelerate wraps it; the backward outside."""
+    if lowered is None:
+        yield
+        return
+    casts: list[Tensor] = []
+    linear = [module for module in model.modules() if type(module) is nn.Linear]
+    attention = attention_modules(model).values()
+
+    def finish(module: nn.Module, args: Any, output: Any) -> None:
+        casts.clear()
+        output.logits = output.logits.float()
+
+    handle = model.register_forward_hook(finish)
+    for module in linear:
+        module.__class__ = _LoweredLinear
+        module.lowered, module.casts = lowered, casts
+    for module in attention:
+        module.lowered = lowered
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module in linear:
+            module.__class__ = nn.Linear
+        for module in attention:
+            del module.lowered
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------
@@ -331,13 +422,7 @@ def _adapter_bytes(recipe: Recipe, model: nn.Module, n_tasks: int) -> tuple[int,
     """The current adapter and the earlier ones, and the optimizer's states."""
     trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     current = sum(parameter.nbytes for parameter in trained)
-    earlier = 0
-    if recipe.adapter.mode == "stack":
-        lora = recipe.adapter.lora()
-        own = max([lora["r"], *(lora.get("rank_pattern") or {}).values()])
-        ranks = own * (n_tasks - 1)
-        ranks = min(ranks, resolved_rank_limit(recipe.adapter.rank_limit, own) or ranks)
-        earlier = current * ranks // own
+    earlier = current * _earlier_rank(recipe, n_tasks) // _own_rank(recipe)
     name = str(recipe.training.get("optim", "adamw"))
     state = next(size for part, size in {**_OPTIMIZER_BYTES, "": 8}.items() if part in name)
     return current + earlier, state * sum(parameter.numel() for parameter in trained)
@@ -381,81 +466,159 @@ def _training(recipe: Recipe, model: Any, length: int) -> int:
     return _peak(model, lambda: model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward())
 
 
-def _replay(recipe: Recipe, model: Any, length: int, answers: int, n_heads: int, logit_top_k: int, stored: int) -> int:
+def _replay(
+    recipe: Recipe, model: Any, sample: ReplaySample, answers: int, n_heads: int, logit_top_k: int, stored: int
+) -> int:
     """Forward and backward on a replay batch, while the new task's gradient lies there."""
-    method = recipe.method_config()
+    method, length = recipe.method_config(), len(sample.input_ids)
     batch_size = min(method.replay_batch_size, stored)
     if batch_size == 0:
         return 0
     batch = _tokens(batch_size, length)
+    heads = _spread(method, model, n_heads)
     model.train()
-    step = _peak(model, lambda: _answer_loss(model, batch, answers).backward())
+
+    def step() -> None:
+        teacher = _teacher(method, heads, batch_size, sample)
+
+        def distance(layer: int, call: AttentionCall) -> Tensor:
+            loss: Tensor = _ROW_KL(call.inputs, *teacher[layer])  # type: ignore[attr-defined]
+            return loss
+
+        with AttentionTap(model, heads, sample.queries, observe=distance) as tap:
+            loss = _answer_loss(model, batch, answers)
+            for value in tap.values.values():
+                loss = loss + value
+            loss.backward()
+
     # Entries in a batch are padded to the broadest row: a float32 probability each, and an index.
-    step += batch_size * answers * 12 * min(BROADEST * logit_top_k, int(model.config.get_text_config().vocab_size))
-    if not n_heads:
-        return step
-    # Per selected head: the gradients of its queries and keys, kept for the backward (float16's in float32), and the
-    # teacher's rows with a remaining mass and a weight each.
-    queries = min(method.query_budget or length, length)
-    head_dim = _head_dim(model)
-    dtype = compute_dtype(recipe.model)
-    size = 4 if dtype == torch.float16 else dtype.itemsize
-    entries = 8 * min(BROADEST * method.row_top_k, length)
-    kept = n_heads * ((queries + length) * head_dim * size + queries * (entries + 8))
-    # One layer's logits and probabilities; the mask of all layers as bool and as what is added to the logits.
-    n_layers = len(attention_modules(model))
-    rows = 2 * min(CHUNK_BYTES, -(-n_heads // n_layers) * queries * length * 4 * batch_size)
-    kinds = len(set(getattr(model.config.get_text_config(), "layer_types", None) or [None]))
-    mask = min(kinds, KINDS_OF_MASK) * batch_size * queries * length * 5
-    return step + batch_size * kept + mask + rows
+    entries = min(BROADEST * logit_top_k, int(model.config.get_text_config().vocab_size))
+    return _peak(model, step) + batch_size * answers * 12 * entries
 
 
-def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, length: int, answers: int) -> int:
-    """One sample: the rows of every head before the task, and the backward to each layer's attention."""
-    n_layers, n_heads = len(attention_modules(model)), head_shape(model)[1]
+def _spread(method: SeekrConfig, model: nn.Module, n_heads: int) -> HeadSelection:
+    """``n_heads`` over as many layers as a selection may take."""
+    layers = list(attention_modules(model))
+    if method.head_choice != "all":
+        layers = layers[-budget_count(method.layer_budget, len(layers)) :]
+    share, left = divmod(n_heads, len(layers))
+    counts = {layer: share + (i < left) for i, layer in enumerate(layers)}
+    return HeadSelection({layer: range(count) for layer, count in counts.items() if count})
+
+
+def _teacher(
+    method: SeekrConfig, heads: HeadSelection, batch_size: int, sample: ReplaySample
+) -> dict[int, tuple[TeacherRows, Tensor]]:
+    """The stored rows of a replay batch, padded to the broadest, and their weights."""
+    k = min(BROADEST * method.row_top_k, len(sample.input_ids))
+    found = {}
+    for layer, chosen in heads.items():
+        shape = batch_size, len(chosen), len(sample.queries)
+        indices = torch.zeros(*shape, k, dtype=torch.int32, device="meta")
+        rows, remaining, weights = (torch.zeros(*size, device="meta") for size in ((*shape, k), shape, shape))
+        found[layer] = TeacherRows(indices, rows, remaining), weights
+    return found
+
+
+# These leave autocast by themselves, which torch cannot do for the meta device.
+_ROW_KL, _ROW_PROBABILITIES = inspect.unwrap(row_kl), inspect.unwrap(row_probabilities)
+_SQUARES, _SQUARES_CAUSAL = inspect.unwrap(gradient_squares), inspect.unwrap(gradient_squares_causal)
+
+
+class _ScoringTap(AttentionTap):
+    """Sums squares as ``InterfaceCall.gradient_squares`` does."""
+
+    def watch(self, layer: int, call: InterfaceCall, output: Tensor) -> Tensor:
+        heads, queries = call.heads, call.queries
+        allowed = call._mask(queries).allowed
+
+        def see(gradient: Tensor, value: Tensor) -> None:
+            gradient = gradient.transpose(1, 2)
+            if self._squares_of == "every":
+                self.squares[layer] = _SQUARES_CAUSAL(gradient.index_select(1, heads), value)
+                return
+            gradient = head_queries(gradient, heads, queries.positions) * queries.real[:, None, :, None]
+            self.squares[layer] = _SQUARES(gradient, value, allowed)
+
+        if not torch.is_grad_enabled():
+            return output
+        watched: Tensor = Watched.apply(output, self._anchor, call.value.detach(), see)
+        return watched
+
+
+def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, answers: int) -> int:
+    """One sample, as ``score_heads`` does it: every head's rows before the task, those after it and the backward."""
+    heads = HeadSelection({layer: range(head_shape(model)[1]) for layer in attention_modules(model)})
+    batch, every_query = _tokens(1, len(sample.input_ids)), recipe.method_config().sensitivity_queries == "all"
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = model.get_input_embeddings()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def rows(layer: int, call: AttentionCall) -> Tensor:
+        found: Tensor = _ROW_PROBABILITIES(call.inputs)  # type: ignore[attr-defined]
+        return found
+
+    def score() -> None:
+        queries = sample.queries[None]
+        with torch.no_grad(), _only_earlier(model), AttentionTap(model, heads, queries, observe=rows) as tap:
+            _answer_loss(model, batch, answers, distils=False)
+            before = {layer: found[0] for layer, found in tap.values.items()}
+        del tap
+
+        def change(layer: int, call: AttentionCall) -> Tensor:
+            if layer not in before:
+                return torch.zeros(())
+            with torch.no_grad():
+                return (rows(layer, call)[0] - before.pop(layer)).square().sum(dim=(-1, -2))
+
+        with _ScoringTap(model, heads, queries, observe=change, squares="every" if every_query else "selected") as tap:
+            tap.gradient_squares(_answer_loss(model, batch, answers, distils=False))
+
     handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
     try:
-        for parameter in parameters:
+        for parameter in frozen:
             parameter.requires_grad_(False)
-        with evaluation_mode(model, checkpointing=True), PeakMemory() as memory:
-            _answer_loss(model, _tokens(1, length), answers).backward()
+        with evaluation_mode(model, checkpointing=True):
+            return _peak(model, score)
     finally:
         handle.remove()
-        for parameter in parameters:
+        for parameter in frozen:
             parameter.requires_grad_(True)
-    # The rows from before the task are all there when the second forward begins and are dropped layer by layer.
-    rows = n_heads * len(sample.queries) * length * 4
-    # The gradients of all layers' outputs at the end, and each layer's q, k, v and output, which the sensitivity comes
-    # from: checkpointing does not drop them.
-    checkpointed = any(recipe.training.get(name) for name in CHECKPOINTING)
-    size = compute_dtype(recipe.model).itemsize
-    kept = (5 if checkpointed else 1) * n_layers * n_heads * _head_dim(model) * length * size
-    return max(memory.peak // 2 + (n_layers + 2) * rows, memory.peak + kept + 3 * rows)
+
+
+@contextmanager
+def _only_earlier(model: Any) -> Iterator[None]:
+    """The model as it was before the task."""
+    shown = list(model.base_model.active_adapters)
+    if _EARLIER not in shown:
+        # Its own adapter, with the values from before the task.
+        yield
+        return
+    model.base_model.set_adapter([_EARLIER], inference_mode=True)
+    try:
+        yield
+    finally:
+        model.base_model.set_adapter(shown, inference_mode=True)
 
 
 def _evaluation(recipe: Recipe, model: Any, length: int) -> int:
-    """The prompts of one batch, and room for the answers in the cache."""
+    """The prompts of one batch, or their answers' last token: then the cache is full."""
     model.eval()
-    batch = _tokens(recipe.evaluation.batch_size, length)
-    with torch.no_grad(), PeakMemory() as memory:
+    batch_size, new = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
+    batch = _tokens(batch_size, length)
+    # A task that has ended is part of the frozen sum.
+    with torch.no_grad(), _only_earlier(model), PeakMemory() as memory:
         output = model(**batch, use_cache=True, logits_to_keep=1)
-    del output
-    config = model.config.get_text_config()
-    kv_heads = getattr(config, "num_key_value_heads", None) or head_shape(model)[1]
-    per_token = 2 * len(attention_modules(model)) * kv_heads * _head_dim(model) * compute_dtype(recipe.model).itemsize
-    return memory.peak + recipe.evaluation.batch_size * recipe.evaluation.max_new_tokens * per_token
+    layers = [(layer.keys.nbytes, layer.values.nbytes) for layer in output.past_key_values.layers]
+    full = sum(map(sum, layers)) * (length + new) // length
+    # A token is joined to a layer's keys, and then to its values, by a copy of them.
+    copy = max(map(max, layers)) * (length + new) // length
+    return max(memory.peak, full + copy)
 
 
-def _answer_loss(model: Any, batch: dict[str, Tensor], answers: int) -> Tensor:
+def _answer_loss(model: Any, batch: dict[str, Tensor], answers: int, distils: bool = True) -> Tensor:
     """Cross-entropy at the answer positions only, as every replay step computes it."""
     logits = model(**batch, use_cache=False, logits_to_keep=answers).logits.flatten(0, 1)
     targets = torch.zeros(logits.shape[0], dtype=torch.long, device="meta")
+    loss = F.cross_entropy(logits.float(), targets)
     # The labels' and the teacher's term each need the distribution.
-    return F.cross_entropy(logits.float(), targets) + logits.float().log_softmax(dim=-1).mean()
-
-
-def _head_dim(model: Any) -> int:
-    config = model.config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return loss + logits.float().log_softmax(dim=-1).mean() if distils else loss

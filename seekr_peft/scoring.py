@@ -154,19 +154,16 @@ def changes_and_gradients(
     try:
         with (
             torch.enable_grad(),
-            AttentionTap(model, heads, queries=sample.queries[None], observe=change, gradient_targets=True) as tap,
+            AttentionTap(
+                model,
+                heads,
+                queries=sample.queries[None],
+                observe=change,
+                squares="every" if every_query else "selected",
+            ) as tap,
         ):
-            loss = label_loss(*_logits_of(model, sample))
-            calls: dict[int, AttentionCall] = dict(tap.calls)
-            targets = [calls[layer].gradient_target for layer in heads]
-            gradients = torch.autograd.grad(loss, targets)
-            # The values have a graph; sums that kept it would hold every sample's activations until the end.
-            with torch.no_grad():
-                squares = {
-                    layer: calls[layer].gradient_squares(gradient, every_query)[0].cpu()
-                    for layer, gradient in zip(heads, gradients, strict=True)
-                }
-            return dict(tap.values), squares
+            squares = tap.gradient_squares(label_loss(*_logits_of(model, sample)))
+            return dict(tap.values), {layer: of_sample[0].cpu() for layer, of_sample in squares.items()}
     finally:
         handle.remove()
 

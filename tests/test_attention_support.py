@@ -272,7 +272,6 @@ def interface_call(attention_mask: object, **changes: Any) -> InterfaceCall:
         "sliding_window": None,
         "heads": torch.tensor([1, 3]),
         "queries": QuerySelection(positions, torch.ones(2, 5, dtype=torch.bool), every=True),
-        "gradient_target": value.transpose(1, 2),
     }
     return InterfaceCall(**{**fields, **changes})
 

@@ -28,6 +28,7 @@ from tiny_models import (
     with_lora,
 )
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seekr_peft.attention import AttentionTap, TeacherRows
@@ -293,14 +294,15 @@ def test_rows_and_their_kl_under_autocast_are_computed_in_float32() -> None:
         (call,) = seen
         loss = call.row_kl(teacher)
         gradient = torch.autograd.grad(loss, (call.query, call.key), retain_graph=True)
-        return call.rows(), loss, *gradient, call.gradient_squares(call.gradient_target, False)
+        output_gradient = call.query.detach().transpose(1, 2).bfloat16()  # of its form and dtype
+        return call.rows(), loss, *gradient, call.gradient_squares(output_gradient, False)
 
     with AttentionTap(model, heads, QUERIES, observe=observe):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert model(**batch).logits.dtype == torch.bfloat16
             inside = results()
         outside = results()
-    assert seen[0].gradient_target.dtype == torch.bfloat16 and inside[0].dtype == inside[1].dtype == torch.float32
+    assert inside[0].dtype == inside[1].dtype == torch.float32
     for mine, other in zip(inside, outside, strict=True):
         assert torch.equal(mine, other) and other.abs().sum() > 0
 
@@ -398,15 +400,16 @@ def test_logits_are_bitwise_unchanged_under_the_tap(family: str, padding: str) -
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("gradient_targets", [False, True])
-def test_the_gradient_of_the_models_own_loss_is_bitwise_unchanged(gradient_targets: bool) -> None:
+@pytest.mark.parametrize("squares", [None, "selected"])
+def test_the_gradient_of_the_models_own_loss_is_bitwise_unchanged(squares: Any) -> None:
     batch = padded_batch("mixed")
 
     def gradient(tap: bool) -> Tensor:
         model = with_lora(tiny_llama()).train()
         heads = SOME_HEADS if tap else HeadSelection({})
-        with AttentionTap(model, heads, gradient_targets=gradient_targets):
+        with AttentionTap(model, heads, squares=squares) as tap:
             model(**batch, labels=batch["input_ids"]).loss.backward()
+        assert set(tap.squares) == (set(heads) if squares else set())
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     plain = gradient(False)
@@ -849,14 +852,13 @@ def test_gradient_squares_equal_the_gradient_of_eager_attention(
     queries = None if every_query else QUERIES
     expected = eager_squares(BUILDERS[family]("eager"), batch, loss, queries, causal=family == "llama")
     model = BUILDERS[family](attention)
-    with AttentionTap(model, SOME_HEADS, QUERIES, gradient_targets=True) as tap:
-        targets = loss(model(**batch, **({"output_attentions": True} if attention == "eager" else {})).logits)
-        calls = dict(tap.calls)
-        gradients = torch.autograd.grad(targets, [calls[layer].gradient_target for layer in SOME_HEADS])
-    for (layer, heads), gradient in zip(SOME_HEADS.items(), gradients, strict=True):
-        mine = calls[layer].gradient_squares(gradient, every_query)
+    with AttentionTap(model, SOME_HEADS, QUERIES, squares="every" if every_query else "selected") as tap:
+        output = model(**batch, **({"output_attentions": True} if attention == "eager" else {}))
+        squares = tap.gradient_squares(loss(output.logits))
+    for layer, heads in SOME_HEADS.items():
         assert expected[layer].min() > 0
-        torch.testing.assert_close(mine, expected[layer][:, list(heads)], rtol=2e-4, atol=1e-9)
+        torch.testing.assert_close(squares[layer], expected[layer][:, list(heads)], rtol=2e-4, atol=1e-9)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_gradient_squares_respect_the_sliding_window() -> None:
@@ -866,24 +868,77 @@ def test_gradient_squares_respect_the_sliding_window() -> None:
     output = twin(**batch, output_attentions=True)
     gradient = torch.autograd.grad(loss(output.logits), output.attentions)[1]
     expected = (gradient * (output.attentions[1] > 0)).square().sum(dim=(-1, -2))
-    with AttentionTap(model, EVERY_HEAD, gradient_targets=True) as tap:
-        total = loss(model(**batch).logits)
-        target = torch.autograd.grad(total, tap.calls[1].gradient_target)[0]
-        mine = tap.calls[1].gradient_squares(target, every_query=True)
+    with AttentionTap(model, EVERY_HEAD, squares="every") as tap:
+        mine = tap.gradient_squares(loss(model(**batch).logits))[1]
     torch.testing.assert_close(mine, expected, rtol=2e-4, atol=0)
 
 
-def test_gradient_targets_make_a_frozen_model_differentiable() -> None:
+def test_watched_outputs_make_a_frozen_model_differentiable() -> None:
     batch = padded_batch("none")
     loss = label_loss(batch)
     squares = []
     for frozen in (False, True):
         model = tiny_llama().requires_grad_(not frozen)
-        with AttentionTap(model, EVERY_HEAD, QUERIES, gradient_targets=True) as tap:
-            total = loss(model(**batch).logits)
-            gradient = torch.autograd.grad(total, tap.calls[0].gradient_target)[0]
-            squares.append(tap.calls[0].gradient_squares(gradient, every_query=False))
+        with AttentionTap(model, EVERY_HEAD, QUERIES, squares="selected") as tap:
+            squares.append(tap.gradient_squares(loss(model(**batch).logits))[0])
     assert torch.equal(*squares) and squares[0].min() > 0
+
+
+def counted(counts: dict[str, int], name: str) -> Callable[..., None]:
+    def count(*args: Any) -> None:
+        counts[name] = counts.get(name, 0) + 1
+
+    return count
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_squares_backward_ends_at_the_lowest_selected_layer(attention: str, checkpointing: bool) -> None:
+    batch, counts = padded_batch("none"), {}
+    model = tiny_llama(attention).requires_grad_(False).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    for layer in (0, 1, 2):
+        norm = model.model.layers[layer].input_layernorm
+        norm.register_forward_pre_hook(
+            lambda module, args, layer=layer: args[0].register_hook(counted(counts, f"below {layer}")) and None
+        )
+    selected = HeadSelection({1: [0, 3], 2: [5]})
+    with AttentionTap(model, selected, QUERIES, squares="selected") as tap:
+        squares = tap.gradient_squares(label_loss(batch)(model(**batch).logits))
+    assert set(squares) == {1, 2} and "below 2" in counts and not {"below 0", "below 1"} & set(counts)
+
+
+def test_a_layer_that_no_gradient_reaches_is_named() -> None:
+    model, batch = tiny_llama().requires_grad_(False), padded_batch("none")
+    with AttentionTap(model, HeadSelection({0: [1], 1: [2]}), squares="selected") as tap:
+        seen = model(**batch, output_hidden_states=True).hidden_states
+        with pytest.raises(CaptureError, match=r"arrived at the attention of layers \[1\]"):
+            tap.gradient_squares(seen[1].sum())
+
+
+def test_nothing_of_q_and_k_is_alive_after_a_layer_ran() -> None:
+    """Under checkpointing nobody else keeps them, so their memory is free as soon as the next layer runs."""
+    model, batch = tiny_llama().requires_grad_(False).train(), padded_batch("none")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    alive: dict[int, list[StorageWeakRef]] = {}
+
+    def observe(layer: int, call: Any) -> Tensor:
+        others = [found for other, found in alive.items() if other != layer]
+        assert all(tensor.expired() for found in others for tensor in found)
+        # v is computed again with them.
+        tensors = call.query, call.key, call.value, call.inputs.query, call.inputs.key
+        alive[layer] = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        return call.rows()[0].detach()
+
+    with AttentionTap(model, EVERY_HEAD, QUERIES, observe=observe, squares="selected") as tap:
+        loss = label_loss(batch)(model(**batch).logits)
+        assert set(alive) == set(EVERY_HEAD)
+        assert all(tensor.expired() for found in alive.values() for tensor in found)
+        assert min(squares.min() for squares in tap.gradient_squares(loss).values()) > 0
+        del loss  # what the lowest layer computed again and nobody asked for is its graph's
+        assert all(tensor.expired() for found in alive.values() for tensor in found)
 
 
 # --- memory ---

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from core_models import fresh_peft, make_samples, randomise
-from tiny_models import N_HEADS, N_LAYERS, VOCABULARY
+from peft import LoraConfig, get_peft_model
+from tiny_models import N_HEADS, N_LAYERS, VOCABULARY, tiny_llama
 from torch import Tensor
 
 from seekr_peft.adapters import AdapterStack
@@ -212,6 +213,33 @@ def test_under_checkpointing_the_scores_are_the_same_for_less_memory() -> None:
         torch.testing.assert_close(getattr(found[1], name), getattr(found[0], name), rtol=1e-5, atol=0)
     assert found[0].sensitivity.min() > 0
     assert peaks[1] < 0.95 * peaks[0], "on so small a model the rows are most of it"
+
+
+def test_between_forward_and_backward_a_layer_keeps_one_input() -> None:
+    """Under checkpointing: its input (T x 48 numbers), not q, k (T x 60, T x 20), v, k by head and the gradient of its
+    output (T x 60) besides."""
+    length = 1024
+
+    def peak(n_layers: int, every_query: bool) -> int:
+        lora = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        base = tiny_llama(num_hidden_layers=n_layers, max_position_embeddings=length)
+        model = get_peft_model(base, LoraConfig(**lora))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        stack = AdapterStack(model)
+        stack.begin()
+        ids = torch.arange(length) % (VOCABULARY - 1) + 1
+        labels = torch.full((length,), -100)
+        labels[-4:] = ids[-4:]
+        sample = ReplaySample(ids, labels, torch.tensor([100, 500]))
+        score_heads(stack, [sample])
+        with PeakMemory() as memory:
+            score_heads(stack, [sample], every_query=every_query)
+        return memory.peak
+
+    for every_query in (False, True):
+        a_layer = (peak(12, every_query) - peak(4, every_query)) / 8
+        rows = N_HEADS * 2 * length * 4  # from before the task
+        assert a_layer < 1.2 * length * 48 * 4 + rows
 
 
 def test_scoring_needs_no_more_memory_for_more_samples() -> None:

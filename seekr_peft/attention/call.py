@@ -2,19 +2,22 @@
 
 ``InterfaceCall`` comes through transformers' attention interface (sdpa, flash, flex): it has q, k, v and recomputes
 only the selected rows. ``EagerCall`` comes from a forward hook and reads the weights that an eager kernel returned.
-May import ``rows``, ``support`` and ``errors``.
+May import ``rows``, ``fused``, ``support`` and ``errors``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..errors import CaptureError
+from . import fused
 from .rows import (
     RowInputs,
     RowMask,
@@ -52,9 +55,6 @@ class QuerySelection:
 class AttentionCall(Protocol):
     """What an observer may ask of one layer's attention call. ``heads`` is int64 (n_selected,)."""
 
-    @property
-    def gradient_target(self) -> Tensor: ...
-
     def rows(self) -> Tensor: ...
 
     def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor: ...
@@ -76,7 +76,6 @@ class InterfaceCall:
     sliding_window: int | None
     heads: Tensor
     queries: QuerySelection
-    gradient_target: Tensor  # the kernel's output, (batch, T_q, n_heads, d_v)
 
     @cached_property
     def inputs(self) -> RowInputs:
@@ -93,10 +92,19 @@ class InterfaceCall:
         return row_probabilities(self.inputs)
 
     def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
+        if fused.suits(self.query, self.key, self.heads.numel() * self.queries.positions.shape[1]):
+            if weights is None:
+                weights = row_weights(self.queries.real, self.heads.numel())
+            mask = self._mask(self.queries)
+            inputs = fused.FusedInputs(self.query, self.key, self.heads, self.queries.positions, mask, self.scaling)
+            total = fused.row_kl(inputs, teacher, weights)
+            if total is not None:
+                return total
         return row_kl(self.inputs, teacher, weights)
 
     def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor:
-        """(batch, n_selected) sums of squares of dL/dA, from the gradient of ``gradient_target``."""
+        """(batch, n_selected) sums of squares of dL/dA, from the gradient of the kernel's output, (batch, T_q, n_heads,
+        d_v)."""
         gradient, queries = gradient.transpose(1, 2), self.queries
         value = head_keys(self.value, self.heads, self.query.shape[1])
         if every_query:
@@ -111,6 +119,21 @@ class InterfaceCall:
             gradient = head_queries(gradient, self.heads, queries.positions)
         gradient = gradient * queries.real[:, None, :, None]
         return gradient_squares(gradient, value, self._mask(queries).allowed)
+
+    def watched(self, output: Tensor, every_query: bool, anchor: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+        """The kernel's ``output`` (batch, T_q, n_heads, d_v) as it is; ``take`` gets its ``gradient_squares`` as soon
+        as its gradient arrives. It also hangs on ``anchor``, whose gradient is 0."""
+        # The masks need the shapes and the device of q and k alone, and a bias allows and forbids nothing.
+        bare = replace(
+            self, query=_hollow(self.query), key=_hollow(self.key), value=_hollow(self.value), position_bias=None
+        )
+        watched: Tensor = Watched.apply(
+            output,
+            anchor,
+            self.value.detach(),
+            lambda gradient, value: take(replace(bare, value=value).gradient_squares(gradient, every_query)),
+        )
+        return watched
 
     def _mask(self, queries: QuerySelection) -> RowMask:
         """The mask of ``queries``, made once for all the layers that were given the same."""
@@ -173,10 +196,6 @@ class EagerCall:
     heads: Tensor
     queries: QuerySelection
 
-    @property
-    def gradient_target(self) -> Tensor:
-        return self.weights
-
     def rows(self) -> Tensor:
         rows = _select(self.weights, self.queries, self.heads)
         return torch.where(self.queries.real[:, None, :, None], rows.to(compute_dtype(rows)), 0)
@@ -195,6 +214,33 @@ class EagerCall:
             gradient = gradient.gather(2, positions.expand(-1, gradient.shape[1], -1, gradient.shape[3]))
             gradient = gradient * self.queries.real[:, None, :, None]
         return gradient.to(compute_dtype(gradient)).square().sum(dim=(-1, -2))
+
+
+class Watched(torch.autograd.Function):
+    """Its input as it is, whose gradient passes through and is shown to ``see`` beside the layer's v.
+
+    What autograd saves, it frees once it was used, and activation checkpointing does not keep it but computes it again:
+    so v is no more in memory than what the layer's own backward needs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, value: Tensor, see: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.anchor, ctx.see = anchor.detach(), see
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.see(gradients[0], *ctx.saved_tensors)
+        return gradients[0], torch.zeros_like(ctx.anchor), None, None
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """Shape, dtype and device of ``tensor`` without its memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def every_position(query: Tensor, real: Tensor | None) -> QuerySelection:

@@ -307,6 +307,8 @@ def head_queries(query: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
 
 def head_keys(key: Tensor, heads: Tensor, n_heads: int) -> Tensor:
     """Keys (or values) of the given query heads, (batch, len(heads), T, d), under grouped-query attention."""
+    if heads.numel() == n_heads == key.shape[1]:
+        return key
     # As models lay keys out, head behind head for each position; across that, index_select copies all heads first.
     return key.transpose(1, 2).index_select(2, heads // (n_heads // key.shape[1])).transpose(1, 2)
 
@@ -431,4 +433,4 @@ def _chunks(n_rows: int, bytes_per_row: int, chunk_bytes: int) -> Iterator[slice
 
 
 def _per_head(value: Tensor, n_heads: int) -> Tensor:
-    return value.repeat_interleave(n_heads // value.shape[1], dim=1)
+    return value if value.shape[1] == n_heads else value.repeat_interleave(n_heads // value.shape[1], dim=1)

@@ -14,7 +14,8 @@ import inspect
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,12 +43,14 @@ class AttentionTap:
         observe: What to compute in each selected layer; by default the rows themselves. It runs inside the layer, so
             that activation checkpointing recomputes what it needs.
         keep_graph: Refuse captured values without a gradient (a term of a loss), naming the likely cause.
-        gradient_targets: Keep each call in ``calls`` and make its output differentiable (for the sensitivity).
+        squares: Of which queries a backward sums the squares of dL/dA, into ``squares``: "selected" or "every" one.
+            Each layer's as soon as its gradient arrives; nothing of q and k is kept until then.
 
     Inside the block ``rows[layer]`` is (batch, n_selected, n_queries, n_keys), float32 (float64 for float64 models),
     differentiable; rows sum to 1, rows whose query is padding (by the forward's 2D ``attention_mask``) are 0, and
     they are taken before attention dropout. They are those of the latest forward; a recomputation by activation
     checkpointing is not counted again. ``backward`` must run inside the block, and before the next forward.
+    ``squares[layer]`` is (batch, n_selected), of the latest backward through that forward.
 
     Raises:
         CaptureError: A layer or head does not exist, the model has no attention, reentrant checkpointing is on while
@@ -62,19 +65,23 @@ class AttentionTap:
         *,
         observe: Observer | None = None,
         keep_graph: bool = False,
-        gradient_targets: bool = False,
+        squares: Literal["selected", "every"] | None = None,
     ) -> None:
         self.model = model
         self.heads = heads
         self.keep_graph = keep_graph
-        self.gradient_targets = gradient_targets
         self.values: dict[int, Tensor] = {}
-        self.calls: dict[int, AttentionCall] = {}
+        self.squares: dict[int, Tensor] = {}
+        self._squares_of = squares
+        # What every watched output depends on: a backward towards it goes down to the lowest of them and no further.
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._watched_weights: dict[int, EagerCall] = {}
         self._observe = observe or _rows_of
         self._queries = None if queries is None else _checked_queries(queries)
         self._modules = _selected_modules(model, heads)
         self._padding: Tensor | None = None
         self._selections: dict[tuple[int, int, torch.device], QuerySelection] = {}
+        self._heads_on: dict[torch.device, dict[int, Tensor]] = {}
         self._in_forward = False
         self._seen: set[int] = set()
         self._stack = ExitStack()
@@ -106,7 +113,50 @@ class AttentionTap:
         self._in_forward = False
         self._padding = None
         self._selections = {}
-        self.calls = {}
+        self._watched_weights = {}
+
+    def gradient_squares(self, loss: Tensor) -> dict[int, Tensor]:
+        """``squares`` of ``loss``, by a backward that goes no further down than the lowest selected layer's attention;
+        the parameters get no gradient.
+
+        Raises:
+            CaptureError: No gradient arrived at some layer.
+        """
+        self.squares = {}
+        targets = [] if len(self._watched_weights) == len(self.heads) else [self._anchor]
+        if self._watched_weights:
+            targets.append(self._watched_weights[min(self._watched_weights)].weights)
+        torch.autograd.grad(loss, targets)
+        missing = [layer for layer in self.heads if layer not in self.squares]
+        if missing:
+            raise CaptureError(
+                f"no gradient of the loss arrived at the attention of layers {missing}, so their heads' sensitivity is "
+                f"unknown; leave those layers out of the selection."
+            )
+        return self.squares
+
+    def watch(self, layer: int, call: InterfaceCall, output: Tensor) -> Tensor:
+        """The kernel's ``output``, of whose gradient the squares are taken if they are wanted."""
+        if self._squares_of is None or not torch.is_grad_enabled():
+            return output
+        return call.watched(output, self._squares_of == "every", self._anchor, partial(self._take_squares, layer))
+
+    def _watch_weights(self, layer: int, call: EagerCall) -> None:
+        """The same of an eager kernel's weights, which no other tensor can stand in for."""
+        # A recomputation's weights get no gradient.
+        if self._squares_of is None or not self._in_forward or not call.weights.requires_grad:
+            return
+        self._watched_weights[layer] = call
+
+        def take(gradient: Tensor) -> None:
+            watched = self._watched_weights.pop(layer, None)
+            if watched is not None:
+                self._take_squares(layer, watched.gradient_squares(gradient, self._squares_of == "every"))
+
+        call.weights.register_hook(take)
+
+    def _take_squares(self, layer: int, squares: Tensor) -> None:
+        self.squares[layer] = squares
 
     def observe(self, layer: int, call: AttentionCall) -> None:
         """Take one layer's call. A recomputation runs the observer again (its saved tensors are needed), uncounted."""
@@ -120,8 +170,14 @@ class AttentionTap:
                 f"non-reentrant checkpointing (use_reentrant=False) and an adapter on the attention or below it."
             )
         self.values[layer] = value
-        if self.gradient_targets:
-            self.calls[layer] = call
+
+    def heads_of(self, layer: int, device: torch.device) -> Tensor:
+        """The layer's selected heads, int64 (n_selected,). One copy to the device for all layers: each waits for it."""
+        if device not in self._heads_on:
+            flat = torch.tensor([head for heads in self.heads.values() for head in heads], device=device)
+            parts = flat.split([len(heads) for heads in self.heads.values()])
+            self._heads_on[device] = dict(zip(self.heads, parts, strict=True))
+        return self._heads_on[device][layer]
 
     def query_selection(self, batch: int, length: int, device: torch.device) -> QuerySelection:
         """The positions asked for, in a forward of ``batch`` samples and ``length`` positions; made once for its
@@ -165,7 +221,8 @@ class AttentionTap:
         self._in_forward = True
         self._seen = set()
         self.values = {}
-        self.calls = {}
+        self.squares = {}
+        self._watched_weights = {}
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         self._in_forward = False
@@ -182,8 +239,6 @@ class AttentionTap:
         return check
 
     def _read_weights(self, layer: int) -> Callable[..., None]:
-        heads = torch.tensor(self.heads[layer])
-
         def read(module: nn.Module, args: Any, output: Any) -> None:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if not isinstance(weights, Tensor) or weights.dim() != 4:
@@ -198,7 +253,9 @@ class AttentionTap:
                 )
             batch, _, length, _ = weights.shape
             queries = self.query_selection(batch, length, weights.device)
-            self.observe(layer, EagerCall(weights, heads.to(weights.device), queries))
+            call = EagerCall(weights, self.heads_of(layer, weights.device), queries)
+            self.observe(layer, call)
+            self._watch_weights(layer, call)
 
         return read
 
@@ -241,7 +298,8 @@ def _checked_queries(queries: Tensor) -> Tensor:
 
 
 def _positions(queries: Tensor, batch: int, length: int) -> Tensor:
-    lowest, highest = int(queries.min()), int(queries.max())
+    # One wait for a GPU in place of two.
+    lowest, highest = torch.stack(torch.aminmax(queries)).tolist()
     if lowest < -length or highest >= length:
         bad = highest if highest >= length else lowest
         raise CaptureError(
@@ -321,8 +379,6 @@ def _tapped_forward(
     output, weights = stock(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     for tap in tuple(_LISTENERS.get(module, ())):
-        if tap.gradient_targets and not output.requires_grad and torch.is_grad_enabled():
-            output.requires_grad_()
         queries = tap.query_selection(query.shape[0], query.shape[2], query.device)
         layer = int(module.layer_idx)
         call = InterfaceCall(
@@ -334,11 +390,11 @@ def _tapped_forward(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             causal=query.shape[2] > 1 and support.is_causal(module, kwargs.get("is_causal")),
             sliding_window=_sliding_window(module, attention_mask, kwargs),
-            heads=torch.tensor(tap.heads[layer], device=query.device),
+            heads=tap.heads_of(layer, query.device),
             queries=queries,
-            gradient_target=output,
         )
         tap.observe(layer, call)
+        output = tap.watch(layer, call, output)
     return output, weights
 
 

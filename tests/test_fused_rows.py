@@ -1,0 +1,187 @@
+"""The triton kernels of the row KL against the plain computation in float64, and what happens where they cannot run.
+
+The kernels run on a GPU, or on a CPU in triton's interpreter (``TRITON_INTERPRET=1``, with triton installed).
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import padded_batch, tiny_llama
+from torch import Tensor
+
+from seekr_peft.attention import AttentionTap, TeacherRows, fused
+from seekr_peft.attention.rows import RowInputs, RowMask, head_keys, head_queries, row_kl
+from seekr_peft.heads import HeadSelection
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(
+    find_spec("triton") is None or (DEVICE == "cpu" and not INTERPRETED),
+    reason="needs triton and a GPU (make test-gpu), or TRITON_INTERPRET=1",
+)
+PRECISION = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest relative error of a gradient: of float32's sums, or of two roundings to the dtype of q and k."""
+
+
+def layer(
+    dtype: torch.dtype, bias: bool, repeated: bool, sizes: tuple[Any, ...]
+) -> tuple[fused.FusedInputs, TeacherRows, Tensor]:
+    """Random q and k as a model lays them out, a mask in which one row sees nothing, and a teacher."""
+    batch, n_heads, n_kv, chosen, t_q, t_k, n_queries, dim, top_k = sizes
+    query = torch.randn(batch, t_q, n_heads, dim).to(DEVICE, dtype).transpose(1, 2).requires_grad_()
+    key = torch.randn(batch, t_k, n_kv, dim).to(DEVICE, dtype).transpose(1, 2).requires_grad_()
+    heads = torch.randperm(n_heads)[:chosen].sort().values.to(DEVICE)
+    draw = (lambda: torch.randint(0, t_q, (n_queries,))) if repeated else (lambda: torch.randperm(t_q)[:n_queries])
+    positions = torch.stack([draw() for _ in range(batch)]).to(DEVICE)
+    allowed = torch.rand(batch, 1, n_queries, t_k, device=DEVICE) > 0.3
+    allowed[..., 0] = True
+    allowed[0, 0, -1] = False
+    mask = RowMask(allowed, torch.randn(1, chosen, n_queries, t_k, device=DEVICE) if bias else None)
+    logits = 2 * torch.randn(batch, chosen, n_queries, t_k, device=DEVICE)
+    rows = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1).nan_to_num(0)
+    weights = torch.rand(batch, chosen, n_queries, device=DEVICE)
+    weights = weights * (torch.rand_like(weights) > 0.3)
+    inputs = fused.FusedInputs(query, key, heads, positions, mask, dim**-0.5)
+    return inputs, TeacherRows.from_dense(rows, top_k), weights
+
+
+def exact(inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor) -> tuple[Tensor, ...]:
+    """Loss and a thousand times the gradients at all heads' q and k, plainly in float64."""
+    query = inputs.query.detach().double().requires_grad_()
+    key = inputs.key.detach().double().requires_grad_()
+    bias = None if inputs.mask.bias is None else inputs.mask.bias.double()
+    real = torch.ones(weights.shape[0], weights.shape[2], dtype=torch.bool, device=DEVICE)
+    rows = RowInputs(
+        head_queries(query, inputs.heads, inputs.positions),
+        head_keys(key, inputs.heads, query.shape[1]),
+        RowMask(inputs.mask.allowed, bias),
+        real,
+        inputs.scaling,
+    )
+    loss = row_kl(rows, teacher, weights)
+    return loss, *torch.autograd.grad(1000 * loss, (query, key))
+
+
+def check(inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor) -> None:
+    expected = exact(inputs, teacher, weights)
+    loss = fused.row_kl(inputs, teacher, weights)
+    assert loss is not None
+    gradients = torch.autograd.grad(1000 * loss, (inputs.query, inputs.key))
+    torch.testing.assert_close(loss.double(), expected[0], rtol=5e-6, atol=1e-6)
+    for found, other, leaf in zip(gradients, expected[1:], (inputs.query, inputs.key), strict=True):
+        assert found.dtype == leaf.dtype and found.stride() == leaf.stride()
+        assert float((found.double() - other).norm()) <= PRECISION[leaf.dtype] * float(other.norm())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # batch, heads, kv heads, selected, T_q, T_k, queries, head_dim, stored entries
+        (1, 4, 4, 2, 20, 20, 5, 10, None),
+        (2, 6, 2, 5, 30, 30, 7, 10, 4),
+        (1, 8, 2, 3, 70, 90, 20, 32, 1),
+        (2, 4, 4, 4, 33, 33, 33, 24, 100),
+        (1, 2, 1, 2, 16, 130, 16, 64, 70),
+        (1, 1, 1, 1, 1, 1, 1, 16, 1),
+        (1, 2, 2, 1, 40, 40, 17, 130, 3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_kernels_equal_the_plain_computation_in_float64(dtype: torch.dtype, sizes: Any, bias: bool) -> None:
+    check(*layer(dtype, bias, repeated=False, sizes=sizes))
+
+
+@needs_kernels
+def test_a_position_that_is_asked_for_twice_gets_both_gradients() -> None:
+    check(*layer(torch.float32, False, repeated=True, sizes=(2, 4, 2, 3, 9, 9, 12, 10, 4)))
+
+
+@needs_kernels
+def test_what_a_row_without_weight_holds_reaches_nobody() -> None:
+    inputs, teacher, weights = layer(torch.float32, True, repeated=False, sizes=(1, 2, 2, 2, 20, 20, 6, 16, 4))
+    weights[:, :, 2] = 0
+    expected = exact(inputs, teacher, weights)
+    with torch.no_grad():
+        inputs.query[0, :, inputs.positions[0, 2]] = float("nan")
+    assert inputs.mask.bias is not None
+    inputs.mask.bias[:, :, 2] = float("inf")
+    teacher.probabilities[:, :, 2] = float("nan")
+    teacher.remaining[:, :, 2] = float("nan")
+    loss = fused.row_kl(inputs, teacher, weights)
+    assert loss is not None
+    for found, other in zip(torch.autograd.grad(1000 * loss, (inputs.query, inputs.key)), expected[1:], strict=True):
+        torch.testing.assert_close(found.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_a_row_that_may_look_nowhere_passes_no_nan_on_to_the_keys() -> None:
+    inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 2, 2, 2, 20, 20, 6, 16, 4))
+    expected = exact(inputs, teacher, weights.fill_(1))
+    with torch.no_grad():
+        inputs.query[0, :, inputs.positions[0, -1]] = float("nan")
+    loss = fused.row_kl(inputs, teacher, weights)
+    assert loss is not None
+    for found, other in zip(torch.autograd.grad(1000 * loss, (inputs.query, inputs.key)), expected[1:], strict=True):
+        torch.testing.assert_close(found.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_a_nan_in_a_row_that_counts_is_not_hidden() -> None:
+    inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 2, 2, 2, 20, 20, 6, 16, 4))
+    with torch.no_grad():
+        inputs.query[0, :, inputs.positions[0, 1]] = float("nan")
+    loss = fused.row_kl(inputs, teacher, torch.ones_like(weights))
+    assert loss is not None and loss.isnan()
+
+
+@needs_kernels
+def test_without_a_gradient_the_value_is_the_same() -> None:
+    inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 2, 2, 2, 20, 20, 6, 16, 4))
+    with torch.no_grad():
+        plain = fused.row_kl(inputs, teacher, weights)
+    assert plain is not None and not plain.requires_grad
+    torch.testing.assert_close(plain.double(), exact(inputs, teacher, weights)[0], rtol=5e-6, atol=1e-6)
+
+
+def test_a_machine_that_cannot_build_the_kernels_goes_on_without_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*args: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    model, batch, heads = tiny_llama(), padded_batch("mixed"), HeadSelection({0: [1, 4], 2: [0]})
+    with torch.no_grad(), AttentionTap(model, heads) as tap:
+        model(**padded_batch("mixed", seed=9))
+    teachers = {layer: TeacherRows.from_dense(rows, 4) for layer, rows in tap.rows.items()}
+
+    def loss() -> dict[int, float]:
+        with AttentionTap(model, heads, observe=lambda layer, call: call.row_kl(teachers[layer])) as tap:
+            model(**batch)
+        return {layer: float(value.detach()) for layer, value in tap.values.items()}
+
+    expected = loss()
+    monkeypatch.setattr(fused, "_failed", False)
+    monkeypatch.setattr(fused, "suits", lambda *args: not fused._failed)
+    monkeypatch.setattr(fused._FusedRowKL, "forward", staticmethod(no_compiler))
+    assert loss() == expected
+    assert fused._failed
+    assert [record.message.count("Failed to find C compiler.") for record in caplog.records] == [1]
+
+
+def test_the_kernels_are_for_a_gpu_and_for_what_fits() -> None:
+    query, key = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    assert not fused.suits(query, key, 100)
+    if torch.cuda.is_available() and find_spec("triton"):
+        query, key = query.cuda(), key.cuda()
+        assert fused.suits(query, key, 100)
+        assert not fused.suits(query.double(), key.double(), 100)
+        assert not fused.suits(query, key.half(), 100)
+        assert not fused.suits(query, key, 10**9)
