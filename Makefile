@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-gpu lint format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/seekr-peft demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED)
+	SEEKR_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py tests/test_fused_rows.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

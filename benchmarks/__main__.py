@@ -50,8 +50,16 @@ def step_figures(device: str, repeats: int) -> tuple[list[Figure], list[replay_s
     rows = [replay_step.measure(length, repeats, device) for length in (512, 1024, 2048)]
     base = rows[1].seconds["replay + logits"], rows[1].peak_bytes["replay + logits"]
     grown = replay_step.extra_peak(4096, device) / replay_step.extra_peak(512, device)
+    work, launches = rows[1].device_seconds, rows[1].launches
+    own = []
+    if work:
+        # Apart from the time in which the host starts the kernels.
+        ratio = work["with attention"] / work["replay + logits"]
+        own.append(Figure("the same, the GPU's own time", ratio, 1.05, "x"))
+        own.append(Figure("the same, kernels started", launches["with attention"] - launches["replay + logits"], None))
     return [
         Figure("replay step with attention / without, time", rows[1].seconds["with attention"] / base[0], 1.05, "x"),
+        *own,
         Figure("the same on one thread", replay_step.time_ratio(1024, repeats, device, threads=1), 1.05, "x"),
         Figure(
             "the same, hidden size 1024 x 4 layers",
@@ -69,9 +77,13 @@ def step_figures(device: str, repeats: int) -> tuple[list[Figure], list[replay_s
 def scoring_figures(device: str, repeats: int) -> list[Figure]:
     """Scoring one sample."""
     found = scoring.measure(1024, repeats, device)
+    own = []
+    if "device_ratio" in found:
+        own.append(Figure("the same, the GPU's own time", found["device_ratio"], 1.10, "x"))
     return [
         Figure("scoring a sample / two forwards and one backward, time", found["ratio"], 1.10, "x"),
         Figure("the same, peak memory", found["scoring_peak"] / found["bare_peak"], None, "x"),
+        *own,
     ]
 
 
@@ -117,8 +129,14 @@ def large_model_figures(device: str, repeats: int) -> list[Figure]:
         figures.append(Figure(f"7B shape, {step}", 1024 / seconds[step], None, "tokens/s"))
         goal = 15.0 if step == "with attention" else None
         figures.append(Figure(f"7B shape, {step}, peak", (resident + peak[step]) / 1e9, goal, "GB"))
-    ratio = seconds["with attention"] / seconds["replay + logits"]
-    figures.append(Figure("7B shape, replay step with attention / without, time", ratio, 1.05, "x"))
+    for name, step, base, limit in (
+        ("7B shape, replay step with attention / without", "with attention", "replay + logits", 1.05),
+        ("7B shape, scoring a sample / two forwards and one backward", "scoring", large_model.BARE, 1.10),
+    ):
+        figures.append(Figure(f"{name}, time", seconds[step] / seconds[base], limit, "x"))
+        if found["device_seconds"]:
+            own = found["device_seconds"]
+            figures.append(Figure("the same, the GPU's own time", own[step] / own[base], limit, "x"))
     for step, phase in large_model.PHASES.items():
         foretold = found["predicted"]["resident"] + found["predicted"][phase]
         error = abs(foretold / (resident + peak[step]) - 1)

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.replay_step import ANSWER_TOKENS, replay_with_logits, with_attention, with_eager_attention
-from benchmarks.timing import median_seconds, peak_bytes
+from benchmarks.scoring import two_forwards_and_a_backward
+from benchmarks.timing import device_work, median_seconds, peak_bytes
 from benchmarks.whole_task import make_data
 from seekr_peft import Seekr
 from seekr_peft.footprint import estimate_footprint
@@ -33,6 +35,8 @@ from seekr_peft.recipe import Recipe, load_recipe
 from seekr_peft.scoring import score_heads
 
 SAMPLES = 100
+BARE = "two forwards and one backward"
+LOWERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = {"plain fine-tuning": "training", "with attention": "replay", "scoring": "scoring", "evaluation": "evaluation"}
 """What is measured and the doctor's name for it."""
 
@@ -120,6 +124,14 @@ def build(config: LlamaConfig, recipe: Recipe, device: str) -> PeftModel:
     return get_peft_model(base, LoraConfig(**recipe.adapter.lora()))
 
 
+def under_autocast(model: nn.Module, recipe: Recipe, device: str) -> None:
+    """The model's own forward under autocast, as the Trainer's accelerate wraps it and leaves it: a run's replay and
+    scoring are under it as well, ``generate`` goes past it."""
+    dtype = next((dtype for kind, dtype in LOWERED.items() if recipe.training.get(kind)), None)
+    if dtype is not None:
+        model.forward = convert_outputs_to_fp32(torch.autocast(device, dtype)(model.forward))
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Of all weights and buffers, with what the 4-bit layers keep beside theirs."""
     total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -148,16 +160,20 @@ def measure(name: str, length: int, repeats: int, device: str) -> dict[str, Any]
         # The second task's adapter over the first's; a task that ended here would be scored and stored for nothing.
         method.stack.begin()
         trained = method.stack.parameters().values()
+        under_autocast(method.model, recipe, device)
         resident = weight_bytes(method.model) + sum(2 * parameter.nbytes for parameter in trained)
         steps = _steps(method, recipe, length, device)
         peaks = peak_bytes(steps, device)
-        timed = {step: work for step, work in steps.items() if step not in ("scoring", "evaluation")}
+        timed = {step: call for step, call in steps.items() if step != "evaluation"}
         seconds = median_seconds(timed, repeats, device) if repeats else {}
+        work = device_work(timed, device) if repeats else {}
         memory = method.memory.tasks[0]
         return {
             "shape": name,
             "length": length,
             "seconds": seconds,
+            "device_seconds": {step: own.seconds for step, own in work.items()},
+            "launches": {step: own.launches for step, own in work.items()},
             "peak": peaks,
             "resident": resident,
             "predicted": {"resident": predicted.resident, **predicted.phases},
@@ -170,18 +186,15 @@ def _steps(method: Seekr, recipe: Recipe, length: int, device: str) -> dict[str,
     model, stack = method.model, method.stack
     data = make_data(length, 3, 1)[0]
     batch = {key: torch.tensor([value], device=device) for key, value in data.items()}
-    lowered = next((kind for kind in ("bf16", "fp16") if recipe.training.get(kind)), None)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[lowered]
 
     def replayed() -> ReplayBatch:
-        return method.memory.batch([(0, 0)]).to(torch.device(device))
+        return method.memory.batch([(0, 0)], device=torch.device(device))
 
-    def under_autocast(work: Callable[[], object], implementation: str = "sdpa") -> Callable[[], object]:
+    def trained(work: Callable[[], object], implementation: str = "sdpa") -> Callable[[], object]:
         def step() -> None:
             model.train()
             model.get_base_model().set_attn_implementation(implementation)
-            with torch.autocast(device, dtype, enabled=lowered is not None):
-                work()
+            work()
             model.zero_grad()
 
         return step
@@ -189,7 +202,8 @@ def _steps(method: Seekr, recipe: Recipe, length: int, device: str) -> dict[str,
     def generate() -> None:
         model.eval()
         prompts = torch.randint(3, 4096, (recipe.evaluation.batch_size, length - ANSWER_TOKENS), device=device)
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=lowered is not None):
+        # After a task there is one adapter, the sum of all; the first task's alone is like it.
+        with torch.no_grad(), stack.before_task():
             model.generate(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
@@ -201,11 +215,12 @@ def _steps(method: Seekr, recipe: Recipe, length: int, device: str) -> dict[str,
 
     sample = method.memory.tasks[0].sample(0)
     return {
-        "plain fine-tuning": under_autocast(lambda: model(**batch, use_cache=False).loss.backward()),
-        "replay + logits": under_autocast(lambda: replay_with_logits(model, replayed()).backward()),
-        "with attention": under_autocast(lambda: with_attention(model, replayed())),
-        "eager attention": under_autocast(lambda: with_eager_attention(model, replayed()).backward(), "eager"),
-        "scoring": under_autocast(lambda: score_heads(stack, [sample])),
+        "plain fine-tuning": trained(lambda: model(**batch, use_cache=False).loss.backward()),
+        "replay + logits": trained(lambda: replay_with_logits(model, replayed()).backward()),
+        "with attention": trained(lambda: with_attention(model, replayed())),
+        "eager attention": trained(lambda: with_eager_attention(model, replayed()).backward(), "eager"),
+        BARE: trained(lambda: two_forwards_and_a_backward(stack, sample)),
+        "scoring": trained(lambda: score_heads(stack, [sample])),
         "evaluation": generate,
     }
 
@@ -214,14 +229,16 @@ def table(found: dict[str, Any], machine: str) -> Table:
     """Peaks are totals: what lies in memory and what the step needs on top."""
     title = f"{found['shape']} shape, NF4, T = {found['length']}, {machine}; GB"
     result = Table(title=title, title_justify="left")
-    for heading in ("step", "seconds", "tokens/s", "peak", "doctor", "doctor / measured"):
+    for heading in ("step", "seconds", "tokens/s", "GPU, s", "kernels", "peak", "doctor", "doctor / measured"):
         result.add_column(heading, justify="left" if heading == "step" else "right")
     resident, predicted = found["resident"], found["predicted"]
     foretold = predicted["resident"]
-    result.add_row("(resident)", "", "", _gb(resident), _gb(foretold), _ratio(foretold, resident))
+    result.add_row("(resident)", "", "", "", "", _gb(resident), _gb(foretold), _ratio(foretold, resident))
     for step, peak in found["peak"].items():
         seconds = found["seconds"].get(step)
         times = ("", "") if seconds is None else (f"{seconds:.3f}", f"{found['length'] / seconds:.0f}")
+        own = found["device_seconds"].get(step)
+        times += ("", "") if own is None else (f"{own:.3f}", str(found["launches"][step]))
         doctor = ("", "")
         if step in PHASES:
             foretold = predicted["resident"] + predicted[PHASES[step]]

@@ -1,6 +1,9 @@
 """Where the time of one replay step goes, and the floor: operations and bytes that it cannot do without.
 
-python -m benchmarks.profile_step [--length 1024] [--threads 1]
+python -m benchmarks.profile_step [--length 1024] [--threads 1 | --device cuda]
+
+On a CPU each part is timed where it runs. A GPU works apart from the host that starts its kernels, so there the wall
+time, the GPU's own time and the number of kernels are told.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from benchmarks.replay_step import (
     StoredSample,
     build_model,
     make_sample,
+    measure,
     replay_with_logits,
     selected_heads,
 )
+from benchmarks.timing import synchronise
 from seekr_peft import AttentionTap
 from seekr_peft.forward import answer_logits
 
@@ -90,19 +95,24 @@ def floor(length: int) -> dict[str, float]:
     }
 
 
-def machine_speed(size: int = 768, repeats: int = 20) -> tuple[float, float]:
+def machine_speed(device: str = "cpu", repeats: int = 20) -> tuple[float, float]:
     """Operations a second of a float32 matrix product, and bytes a second of a copy, at best."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    source = torch.randn(2**24)
+    size, numbers = (4096, 2**28) if device == "cuda" else (768, 2**24)
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    source = torch.randn(numbers, device=device)
     products, copies = [], []
     for _ in range(repeats):
-        started = time.perf_counter()
-        a @ b
-        products.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        source.clone()
-        copies.append(time.perf_counter() - started)
+        products.append(_seconds(lambda: a @ b, device))
+        copies.append(_seconds(source.clone, device))
     return 2 * size**3 / min(products), 2 * source.nbytes / min(copies)
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    synchronise(device)
+    started = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -110,12 +120,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    parts = seconds_by_part(options.length, options.repeats)
-    needed, (operations, bandwidth) = floor(options.length), machine_speed()
     console = Console(width=110)
+    base, capture = print_parts(console, options) if options.device == "cpu" else print_device(console, options)
+    needed, (operations, bandwidth) = floor(options.length), machine_speed(options.device)
+    floor_step = needed["step_operations"] / operations
+    floor_capture = max(needed["capture_operations"] / operations, needed["capture_bytes"] / bandwidth)
+    console.print(
+        f"machine: {operations / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n"
+        f"step without: {needed['step_operations'] / 1e9:.1f} GFLOP, floor {1000 * floor_step:.3g} ms, "
+        f"measured x {base / floor_step:.1f}\n"
+        f"capture: {needed['capture_operations'] / 1e9:.2f} GFLOP and {needed['capture_bytes'] / 1e6:.1f} MB, "
+        f"floor {1000 * floor_capture:.2g} ms, measured x {capture / floor_capture:.1f}"
+    )
+
+
+def print_parts(console: Console, options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of the step without attention and of what attention distillation adds, part by part."""
+    parts = seconds_by_part(options.length, options.repeats)
     table = Table(title=f"One replay step, T = {options.length}, {options.threads} thread(s)", title_justify="left")
     for heading in ("part", "ms", "share of the step without"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
@@ -123,15 +148,22 @@ def main() -> None:
     for name, own in {**parts, "attention distillation": capture}.items():
         table.add_row(name, f"{1000 * own:.1f}", f"{100 * own / base:.1f} %")
     console.print(table)
-    floor_step = needed["step_operations"] / operations
-    floor_capture = max(needed["capture_operations"] / operations, needed["capture_bytes"] / bandwidth)
-    console.print(
-        f"machine: {operations / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n"
-        f"step without: {needed['step_operations'] / 1e9:.1f} GFLOP, floor {1000 * floor_step:.0f} ms, "
-        f"measured x {base / floor_step:.1f}\n"
-        f"capture: {needed['capture_operations'] / 1e9:.2f} GFLOP and {needed['capture_bytes'] / 1e6:.1f} MB, "
-        f"floor {1000 * floor_capture:.1f} ms, measured x {capture / floor_capture:.1f}"
-    )
+    return base, capture
+
+
+def print_device(console: Console, options: argparse.Namespace) -> tuple[float, float]:
+    """The same two of a GPU's own time."""
+    row = measure(options.length, options.repeats, "cuda")
+    title = f"One replay step, T = {options.length}, {torch.cuda.get_device_name()}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("step", "wall, ms", "GPU, ms", "kernels"):
+        table.add_column(heading, justify="left" if heading == "step" else "right")
+    for name, seconds in row.seconds.items():
+        own = row.device_seconds[name]
+        table.add_row(name, f"{1000 * seconds:.1f}", f"{1000 * own:.2f}", str(row.launches[name]))
+    console.print(table)
+    base = row.device_seconds[BASE]
+    return base, row.device_seconds["with attention"] - base
 
 
 if __name__ == "__main__":

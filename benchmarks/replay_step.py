@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.timing import median_seconds, peak_bytes
+from benchmarks.timing import device_work, median_seconds, peak_bytes
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention.rows import kl_of_rows
 from seekr_peft.forward import answer_logits
@@ -51,11 +51,14 @@ SMALL, WIDE = Shape(8, 8, 256), Shape(4, 16, 1024)
 
 @dataclass(frozen=True)
 class Row:
-    """One length: medians of seconds and of peak bytes by variant, and bytes on disk of one sample."""
+    """One length: medians of seconds and peak bytes by variant, a GPU's own seconds and kernels, and bytes on disk of a
+    sample."""
 
     length: int
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
+    device_seconds: dict[str, float]
+    launches: dict[str, int]
     sample_bytes: int
     sample_bytes_dense: int
 
@@ -109,7 +112,7 @@ class StoredSample:
 
     def batch(self, kind: str) -> ReplayBatch:
         """Read as a training step does; ``kind``: rows (and logits), or logits."""
-        return ReplayMemory([self.memories[kind]]).batch([(0, 0)]).to(self.device)
+        return ReplayMemory([self.memories[kind]]).batch([(0, 0)], device=self.device)
 
 
 def _teach(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> list[PackedSignals]:
@@ -170,8 +173,17 @@ def measure(length: int, repeats: int, device: str) -> Row:
             **steps(sdpa, stored),
             "eager attention": lambda: with_eager_attention(eager, stored.batch("rows")).backward(),
         }
-        peaks = peak_bytes(variants, device)
-        return Row(length, median_seconds(variants, repeats, device), peaks, stored.bytes, stored.bytes_dense)
+        peaks, seconds = peak_bytes(variants, device), median_seconds(variants, repeats, device)
+        work = device_work(variants, device)
+        return Row(
+            length,
+            seconds,
+            peaks,
+            {name: own.seconds for name, own in work.items()},
+            {name: own.launches for name, own in work.items()},
+            stored.bytes,
+            stored.bytes_dense,
+        )
 
 
 def steps(model: nn.Module, stored: StoredSample) -> dict[str, Callable[[], object]]:
