@@ -116,6 +116,8 @@ def task_figures(device: str) -> list[Figure]:
         Figure("training step, 30th task / 10th", many["step_seconds"] / ten["step_seconds"], 1.05, "x"),
         Figure("seconds of the 30th task / 3rd", many["task_seconds"] / few["task_seconds"], 1.05, "x"),
         Figure("seconds of the 30th task / 10th", many["task_seconds"] / ten["task_seconds"], 1.05, "x"),
+        Figure("memory of a training step with all weights, 30th task / 3rd", many["ram"] / few["ram"], None, "x"),
+        Figure("memory of a training step with all weights, 30th task / 10th", many["ram"] / ten["ram"], 1.05, "x"),
         Figure("disk per task, 29 tasks / 2 tasks", many["disk_per_task"] / few["disk_per_task"], 1.05, "x"),
     ]
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.timing import median_seconds
+from benchmarks.timing import median_seconds, peak_bytes
 from benchmarks.whole_task import make_data, train_task
 from seekr_peft import Seekr, SeekrConfig
 
@@ -50,6 +50,11 @@ class TaskSequence:
         self.method.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
         self.method.model.zero_grad()
 
+    def ram(self) -> int:
+        """Bytes of all weights, and what a step needs on top at its peak."""
+        weights = sum(tensor.nbytes for tensor in (*self.method.model.parameters(), *self.method.model.buffers()))
+        return weights + peak_bytes({"step": self.step}, self.device)["step"]
+
     def disk(self) -> int:
         """Bytes of all the sequence's files."""
         return sum(path.stat().st_size for path in Path(self.folder).rglob("*") if path.is_file())
@@ -63,8 +68,8 @@ def measure(
     task_rounds: int = TASK_ROUNDS,
 ) -> dict[int, dict[str, Any]]:
     """For sequences of each number of tasks: median seconds of a step of the task after them, least seconds of one of
-    the next ``task_rounds`` tasks, bytes on disk a task. The sequences take turns: measured one after the other, the
-    ratio of two steps had come out at 0.84 and at 1.39."""
+    the next ``task_rounds`` tasks, bytes on disk a task, and in RAM (or a GPU's memory). The sequences take turns:
+    measured one after the other, the ratio of two steps had come out at 0.84 and at 1.39."""
     found: dict[int, dict[str, Any]] = {}
     with ExitStack() as stack:
         sequences = {n: TaskSequence(stack.enter_context(TemporaryDirectory()), rank_limit, device) for n in counts}
@@ -72,6 +77,7 @@ def measure(
             sequence.teach(n)
             found[n] = {"disk_per_task": sequence.disk() / n}
             sequence.method.stack.begin()
+            found[n]["ram"] = sequence.ram()
         steps = median_seconds({str(n): sequence.step for n, sequence in sequences.items()}, step_rounds, device)
         for sequence in sequences.values():
             sequence.method.stack.abandon()

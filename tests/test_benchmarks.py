@@ -92,7 +92,7 @@ def test_the_large_models_benchmark_runs_on_a_small_one_and_the_doctor_is_near()
     for step, phase in large_model.PHASES.items():
         assert predicted["resident"] + predicted[phase] == pytest.approx(resident + found["peak"][step], rel=0.1), step
     assert found["peak"]["replay + logits"] < found["peak"]["with attention"] < found["peak"]["eager attention"]
-    assert set(found["seconds"]) == {"plain fine-tuning", "replay + logits", "with attention", "eager attention"}
+    assert found["seconds"].keys() == found["peak"].keys() - {"evaluation"}
     assert 0.5 * found["predicted_sample_bytes"] < found["sample_bytes"] < 1.05 * found["predicted_sample_bytes"]
     assert "with attention" in render(large_model.table(found, "CPU"))
 

@@ -477,6 +477,21 @@ def test_a_dataset_without_labels_is_refused_with_what_it_has(after_one_task: An
         ContinualTrainer(model=method.model, method=method, train_dataset=dataset)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_mixed_precision_stays_around_the_forward_after_a_training_but_not_around_generate(
+    tmp_path: Path, after_one_task: Any, bf16: bool
+) -> None:
+    method = after_one_task(model=tiny_llama(num_hidden_layers=2))
+    trained(method, arguments(tmp_path, max_steps=1, bf16=bf16))
+    lowered, ids = [], torch.arange(1, 9)[None]
+    projection = method.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    projection.register_forward_hook(lambda module, args, output: lowered.append(output.dtype == torch.bfloat16))
+    method.model(input_ids=ids)
+    assert lowered == [bf16]
+    method.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    assert lowered == [bf16, False]
+
+
 def test_a_streamed_dataset_trains(tmp_path: Path, after_one_task: Any) -> None:
     from datasets import IterableDataset
 
