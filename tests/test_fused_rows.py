@@ -6,17 +6,17 @@ The kernels run on a GPU, or on a CPU in triton's interpreter (``TRITON_INTERPRE
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import padded_batch, tiny_llama
 from torch import Tensor
 
-from seekr_peft.attention import AttentionTap, TeacherRows, fused
+from seekr_peft.attention import TeacherRows, fused
 from seekr_peft.attention.rows import RowInputs, RowMask, head_keys, head_queries, row_kl
-from seekr_peft.heads import HeadSelection
+from seekr_peft.errors import CaptureError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -70,7 +70,6 @@ def exact(inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor) -> t
 def check(inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor) -> None:
     expected = exact(inputs, teacher, weights)
     loss = fused.row_kl(inputs, teacher, weights)
-    assert loss is not None
     gradients = torch.autograd.grad(1000 * loss, (inputs.query, inputs.key))
     torch.testing.assert_close(loss.double(), expected[0], rtol=5e-6, atol=1e-6)
     for found, other, leaf in zip(gradients, expected[1:], (inputs.query, inputs.key), strict=True):
@@ -116,7 +115,6 @@ def test_what_a_row_without_weight_holds_reaches_nobody() -> None:
     teacher.probabilities[:, :, 2] = float("nan")
     teacher.remaining[:, :, 2] = float("nan")
     loss = fused.row_kl(inputs, teacher, weights)
-    assert loss is not None
     for found, other in zip(torch.autograd.grad(1000 * loss, (inputs.query, inputs.key)), expected[1:], strict=True):
         torch.testing.assert_close(found.double(), other, rtol=1e-4, atol=1e-4)
 
@@ -128,7 +126,6 @@ def test_a_row_that_may_look_nowhere_passes_no_nan_on_to_the_keys() -> None:
     with torch.no_grad():
         inputs.query[0, :, inputs.positions[0, -1]] = float("nan")
     loss = fused.row_kl(inputs, teacher, weights)
-    assert loss is not None
     for found, other in zip(torch.autograd.grad(1000 * loss, (inputs.query, inputs.key)), expected[1:], strict=True):
         torch.testing.assert_close(found.double(), other, rtol=1e-4, atol=1e-4)
 
@@ -139,7 +136,7 @@ def test_a_nan_in_a_row_that_counts_is_not_hidden() -> None:
     with torch.no_grad():
         inputs.query[0, :, inputs.positions[0, 1]] = float("nan")
     loss = fused.row_kl(inputs, teacher, torch.ones_like(weights))
-    assert loss is not None and loss.isnan()
+    assert loss.isnan()
 
 
 @needs_kernels
@@ -147,33 +144,57 @@ def test_without_a_gradient_the_value_is_the_same() -> None:
     inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 2, 2, 2, 20, 20, 6, 16, 4))
     with torch.no_grad():
         plain = fused.row_kl(inputs, teacher, weights)
-    assert plain is not None and not plain.requires_grad
+    assert not plain.requires_grad
     torch.testing.assert_close(plain.double(), exact(inputs, teacher, weights)[0], rtol=5e-6, atol=1e-6)
 
 
-def test_a_machine_that_cannot_build_the_kernels_goes_on_without_and_says_so_once(
+@needs_kernels
+def test_keys_that_lie_over_each_other_get_gradients_of_their_own() -> None:
+    inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 4, 1, 2, 20, 20, 6, 16, 4))
+    shared = inputs.key.detach().expand(-1, 4, -1, -1).requires_grad_()
+    inputs = replace(inputs, key=shared)
+    expected = exact(inputs, teacher, weights)
+    found = torch.autograd.grad(1000 * fused.row_kl(inputs, teacher, weights), (inputs.query, shared))
+    for one, other in zip(found, expected[1:], strict=True):
+        assert float((one.double() - other).norm()) <= 2e-6 * float(other.norm())
+
+
+@needs_kernels
+def test_the_kernels_try_themselves_on_a_few_numbers() -> None:
+    for head_dim in (16, 64, 128, 256):
+        assert fused._run_here.__wrapped__(torch.float32, head_dim, torch.device(DEVICE))
+
+
+@needs_kernels
+def test_rows_of_other_heads_or_samples_are_refused() -> None:
+    inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 4, 2, 2, 20, 20, 6, 16, 4))
+    with pytest.raises(CaptureError, match=r"\(1, 2, 6\) and the captured ones \(1, 1, 6\)"):
+        fused.row_kl(replace(inputs, heads=inputs.heads[:1]), teacher, weights)
+
+
+@needs_kernels
+def test_one_weight_for_all_heads_is_enough() -> None:
+    inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 4, 2, 3, 20, 20, 6, 16, 4))
+    same = weights[:, :1].clone()
+    found = fused.row_kl(inputs, teacher, same)
+    torch.testing.assert_close(found.double(), exact(inputs, teacher, same.expand_as(weights))[0], rtol=5e-6, atol=1e-6)
+
+
+def test_a_machine_that_cannot_build_the_kernels_is_told_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_compiler(*args: Any) -> None:
+    def no_compiler(*args: Any, **options: Any) -> None:
         raise RuntimeError("Failed to find C compiler.")
 
-    model, batch, heads = tiny_llama(), padded_batch("mixed"), HeadSelection({0: [1, 4], 2: [0]})
-    with torch.no_grad(), AttentionTap(model, heads) as tap:
-        model(**padded_batch("mixed", seed=9))
-    teachers = {layer: TeacherRows.from_dense(rows, 4) for layer, rows in tap.rows.items()}
-
-    def loss() -> dict[int, float]:
-        with AttentionTap(model, heads, observe=lambda layer, call: call.row_kl(teachers[layer])) as tap:
-            model(**batch)
-        return {layer: float(value.detach()) for layer, value in tap.values.items()}
-
-    expected = loss()
-    monkeypatch.setattr(fused, "_failed", False)
-    monkeypatch.setattr(fused, "suits", lambda *args: not fused._failed)
-    monkeypatch.setattr(fused._FusedRowKL, "forward", staticmethod(no_compiler))
-    assert loss() == expected
-    assert fused._failed
-    assert [record.message.count("Failed to find C compiler.") for record in caplog.records] == [1]
+    monkeypatch.setattr(fused, "find_spec", lambda name: name)
+    monkeypatch.setattr(fused, "_values", no_compiler)
+    fused._run_here.cache_clear()
+    try:
+        assert not any(fused._run_here(torch.float32, 32, torch.device("cpu")) for _ in range(3))
+    finally:
+        fused._run_here.cache_clear()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "Failed to find C compiler." in record.message
 
 
 def test_the_kernels_are_for_a_gpu_and_for_what_fits() -> None:

@@ -97,9 +97,7 @@ class InterfaceCall:
                 weights = row_weights(self.queries.real, self.heads.numel())
             mask = self._mask(self.queries)
             inputs = fused.FusedInputs(self.query, self.key, self.heads, self.queries.positions, mask, self.scaling)
-            total = fused.row_kl(inputs, teacher, weights)
-            if total is not None:
-                return total
+            return fused.row_kl(inputs, teacher, weights)
         return row_kl(self.inputs, teacher, weights)
 
     def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor:

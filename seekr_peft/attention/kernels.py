@@ -134,13 +134,15 @@ def rows_kernel(
         at = row[:, None] * n_kept + entry[None, :]
         p = tl.load(kept + at, mask=counts[:, None] & (entry[None, :] < n_kept), other=0.0)
         # An entry of probability 0 is absent, so its key is one of the others.
-        present = p > 0
-        index = tl.load(indices + at, mask=present, other=0)
+        index = tl.load(indices + at, mask=p > 0, other=0)
+        # Never outside of the row, whatever is stored.
+        present = (p > 0) & (index < n_keys)
         cell = rows + row[:, None] * n_keys + index
         student = tl.load(cell, mask=present, other=0.0) - log_sum[:, None]
         loss += tl.sum(tl.where(present, p * (tl.log(tl.where(present, p, 1.0)) - student), 0.0), axis=1)
         mass += tl.sum(p, axis=1)
         tl.store(entries + at, student, mask=present)
+        tl.debug_barrier()
         tl.store(cell, float("-inf"), mask=present)
     tl.debug_barrier()
 
@@ -158,6 +160,7 @@ def rows_kernel(
     tl.store(losses + row, tl.where(counts, loss * weight, 0.0), mask=valid)
 
     if DIFFERENTIABLE:
+        tl.debug_barrier()
         factor = (mass - rest / others) * weight
         for start in range(0, n_keys, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
@@ -170,8 +173,8 @@ def rows_kernel(
             entry = start + tl.arange(0, BLOCK_K)
             at = row[:, None] * n_kept + entry[None, :]
             p = tl.load(kept + at, mask=counts[:, None] & (entry[None, :] < n_kept), other=0.0)
-            present = p > 0
-            index = tl.load(indices + at, mask=present, other=0)
+            index = tl.load(indices + at, mask=p > 0, other=0)
+            present = (p > 0) & (index < n_keys)
             student = tl.exp(tl.load(entries + at, mask=present, other=0.0))
             gradient = (student * mass[:, None] - p) * weight[:, None]
             tl.store(rows + row[:, None] * n_keys + index, gradient, mask=present)

@@ -7,6 +7,7 @@ heads x queries x T, and longer query lists are walked in chunks. May import ``e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Any, TypeVar
@@ -151,8 +152,9 @@ def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def run(first: Tensor | RowInputs, *rest: Any, **options: Any) -> Result:
-        tensor = first.query if isinstance(first, RowInputs) else first
-        with torch.autocast(tensor.device.type, enabled=False):
+        kind = (first.query if isinstance(first, RowInputs) else first).device.type
+        # The meta device has none.
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return function(first, *rest, **options)
 
     return run

@@ -50,7 +50,7 @@ class AttentionTap:
     differentiable; rows sum to 1, rows whose query is padding (by the forward's 2D ``attention_mask``) are 0, and
     they are taken before attention dropout. They are those of the latest forward; a recomputation by activation
     checkpointing is not counted again. ``backward`` must run inside the block, and before the next forward.
-    ``squares[layer]`` is (batch, n_selected), of the latest backward through that forward.
+    ``squares[layer]`` is (batch, n_selected), of a backward through that forward.
 
     Raises:
         CaptureError: A layer or head does not exist, the model has no attention, reentrant checkpointing is on while
@@ -117,7 +117,7 @@ class AttentionTap:
 
     def gradient_squares(self, loss: Tensor) -> dict[int, Tensor]:
         """``squares`` of ``loss``, by a backward that goes no further down than the lowest selected layer's attention;
-        the parameters get no gradient.
+        the parameters get no gradient. Once for each forward.
 
         Raises:
             CaptureError: No gradient arrived at some layer.
@@ -126,12 +126,13 @@ class AttentionTap:
         targets = [] if len(self._watched_weights) == len(self.heads) else [self._anchor]
         if self._watched_weights:
             targets.append(self._watched_weights[min(self._watched_weights)].weights)
-        torch.autograd.grad(loss, targets)
+        if loss.requires_grad and targets:
+            torch.autograd.grad(loss, targets, allow_unused=True)
         missing = [layer for layer in self.heads if layer not in self.squares]
         if missing:
             raise CaptureError(
                 f"no gradient of the loss arrived at the attention of layers {missing}, so their heads' sensitivity is "
-                f"unknown; leave those layers out of the selection."
+                f"unknown; leave those layers out of the selection, or let the loss depend on them."
             )
         return self.squares
 

@@ -5,7 +5,7 @@ May import ``storage``, ``batch``, ``codec``, ``samples``, ``losses`` and ``erro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from .storage import TaskMemory
 class ReplayMemory:
     """Replay samples and teacher signals of finished tasks, on disk and memory-mapped.
 
-    ``tasks`` is in the order of training. ``order`` walks all samples in a seeded order, reshuffled each pass, so
+    ``tasks`` is in the order of training. ``stream`` walks all samples in a seeded order, reshuffled each pass, so
     every sample is replayed equally often.
     """
 
@@ -60,13 +60,11 @@ class ReplayMemory:
             device,
         )
 
-    def stream(self, batch_size: int, seed: int, pad_token_id: int = 0) -> Iterator[ReplayBatch]:
-        """Batches on the CPU in the order of ``order``."""
-        for places in self.order(batch_size, seed):
-            yield self.batch(places, pad_token_id)
-
-    def order(self, batch_size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-        """Places of batches without end; the last of a pass may be filled from the next pass. Nothing when empty."""
+    def stream(
+        self, batch_size: int, seed: int, pad_token_id: int = 0, where: Callable[[], torch.device] | None = None
+    ) -> Iterator[ReplayBatch]:
+        """Batches without end; the last of a pass may be filled from the next pass. Nothing when empty. ``where`` says
+        on which device a batch is to be (by default the CPU), and is asked when it is drawn."""
         places = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
         if not places:
             return
@@ -77,5 +75,5 @@ class ReplayMemory:
             while len(queue) < size:
                 order = torch.randperm(len(places), generator=generator).tolist()
                 queue.extend(places[i] for i in order)
-            yield queue[:size]
+            yield self.batch(queue[:size], pad_token_id, where() if where else None)
             queue = queue[size:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,7 +61,9 @@ class Replay(ContinualMethod):
             self._select,
             self.config.query_choice,
         )
-        self._stream = _batches(self.memory, self.model, self.config.replay_batch_size, seed)
+        # Asked for each batch: a Trainer moves the model after the task began.
+        where = partial(model_device, self.model)
+        self._stream = self.memory.stream(self.config.replay_batch_size, seed, pad_token_id(self.model), where)
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
         """Plan when replay batches fall due."""
@@ -104,9 +107,3 @@ class Replay(ContinualMethod):
 
     def _label_terms(self, logits: Tensor, targets: Tensor) -> ReplayTerms:
         return combine(label_loss(logits, targets), None, None, 1.0, 0.0)
-
-
-def _batches(memory: ReplayMemory, model: nn.Module, batch_size: int, seed: int) -> Iterator[ReplayBatch]:
-    # Where the model is when the batch is drawn: a Trainer moves it after the task began.
-    for places in memory.order(batch_size, seed):
-        yield memory.batch(places, pad_token_id(model), model_device(model))
