@@ -7,13 +7,12 @@ forward and backward runs there while the sizes are counted. May import ``recipe
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from .adapters import resolved_rank_limit
-from .attention import AttentionTap, TeacherRows, attention_modules, head_shape, row_kl, row_probabilities
-from .attention.call import AttentionCall, InterfaceCall, Watched
-from .attention.rows import BROADEST, gradient_squares, gradient_squares_causal, head_queries
+from .attention import AttentionCall, AttentionTap, TeacherRows, attention_modules, head_shape
+from .attention.rows import BROADEST
+from .attention.support import EAGER
 from .config import SeekrConfig, budget_count
 from .errors import ConfigError
 from .forward import evaluation_mode
@@ -216,11 +215,13 @@ def _model_config(recipe: Recipe) -> Any:
 def _meta_model(recipe: Recipe, config: Any) -> Any:
     """The recipe's quantised base with the LoRA adapter, of tensors without memory."""
     dtype = compute_dtype(recipe.model)
+    # Eager attention is made of plain operators, which are counted as they are.
+    kernel = EAGER if recipe.model.attn_implementation == EAGER else _ATTENTION
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
         base.config.use_cache = False
         base.requires_grad_(False)
         if recipe.model.quantization != "none":
@@ -394,6 +395,7 @@ def _autocast(model: nn.Module, lowered: torch.dtype | None) -> Iterator[None]:
     finally:
         handle.remove()
         for module in linear:
+            del module.lowered, module.casts
             module.__class__ = nn.Linear
         for module in attention:
             del module.lowered
@@ -482,8 +484,7 @@ def _replay(
         teacher = _teacher(method, heads, batch_size, sample)
 
         def distance(layer: int, call: AttentionCall) -> Tensor:
-            loss: Tensor = _ROW_KL(call.inputs, *teacher[layer])  # type: ignore[attr-defined]
-            return loss
+            return call.row_kl(*teacher[layer])
 
         with AttentionTap(model, heads, sample.queries, observe=distance) as tap:
             loss = _answer_loss(model, batch, answers)
@@ -520,32 +521,6 @@ def _teacher(
     return found
 
 
-# These leave autocast by themselves, which torch cannot do for the meta device.
-_ROW_KL, _ROW_PROBABILITIES = inspect.unwrap(row_kl), inspect.unwrap(row_probabilities)
-_SQUARES, _SQUARES_CAUSAL = inspect.unwrap(gradient_squares), inspect.unwrap(gradient_squares_causal)
-
-
-class _ScoringTap(AttentionTap):
-    """Sums squares as ``InterfaceCall.gradient_squares`` does."""
-
-    def watch(self, layer: int, call: InterfaceCall, output: Tensor) -> Tensor:
-        heads, queries = call.heads, call.queries
-        allowed = call._mask(queries).allowed
-
-        def see(gradient: Tensor, value: Tensor) -> None:
-            gradient = gradient.transpose(1, 2)
-            if self._squares_of == "every":
-                self.squares[layer] = _SQUARES_CAUSAL(gradient.index_select(1, heads), value)
-                return
-            gradient = head_queries(gradient, heads, queries.positions) * queries.real[:, None, :, None]
-            self.squares[layer] = _SQUARES(gradient, value, allowed)
-
-        if not torch.is_grad_enabled():
-            return output
-        watched: Tensor = Watched.apply(output, self._anchor, call.value.detach(), see)
-        return watched
-
-
 def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, answers: int) -> int:
     """One sample, as ``score_heads`` does it: every head's rows before the task, those after it and the backward."""
     heads = HeadSelection({layer: range(head_shape(model)[1]) for layer in attention_modules(model)})
@@ -553,13 +528,9 @@ def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, answers: int) -> 
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = model.get_input_embeddings()
 
-    def rows(layer: int, call: AttentionCall) -> Tensor:
-        found: Tensor = _ROW_PROBABILITIES(call.inputs)  # type: ignore[attr-defined]
-        return found
-
     def score() -> None:
         queries = sample.queries[None]
-        with torch.no_grad(), _only_earlier(model), AttentionTap(model, heads, queries, observe=rows) as tap:
+        with torch.no_grad(), _only_earlier(model), AttentionTap(model, heads, queries) as tap:
             _answer_loss(model, batch, answers, distils=False)
             before = {layer: found[0] for layer, found in tap.values.items()}
         del tap
@@ -568,9 +539,10 @@ def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, answers: int) -> 
             if layer not in before:
                 return torch.zeros(())
             with torch.no_grad():
-                return (rows(layer, call)[0] - before.pop(layer)).square().sum(dim=(-1, -2))
+                return (call.rows()[0] - before.pop(layer)).square().sum(dim=(-1, -2))
 
-        with _ScoringTap(model, heads, queries, observe=change, squares="every" if every_query else "selected") as tap:
+        squares: Literal["every", "selected"] = "every" if every_query else "selected"
+        with AttentionTap(model, heads, queries, observe=change, squares=squares) as tap:
             tap.gradient_squares(_answer_loss(model, batch, answers, distils=False))
 
     handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from small_run import small_recipe
+from tiny_models import tiny_gemma2
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
@@ -112,6 +113,31 @@ def measured(of: Recipe, tmp_path: Path) -> tuple[dict[str, int], int]:
     peaks["evaluation"] = memory.peak
     one, two = (TaskMemory(method.task_directory(i, name)).bytes for i, name in enumerate(("first", "second")))
     return peaks, max(one, two) // 4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_eager_attention_is_counted_with_its_square_arrays(tmp_path: Path, checkpointing: bool) -> None:
+    fused = estimate_footprint(recipe(tmp_path, "nf4", checkpointing), answer_tokens=ANSWERS)
+    model = {"name_or_path": "demo", "quantization": "nf4", "attn_implementation": "eager"}
+    settings = recipe(tmp_path, "nf4", checkpointing, model=model)
+    footprint = estimate_footprint(settings, answer_tokens=ANSWERS)
+    peaks, _ = measured(settings, tmp_path)
+    for phase, size in peaks.items():
+        assert footprint.phases[phase] == pytest.approx(size, rel=0.05), phase
+        assert footprint.phases[phase] > fused.phases[phase]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom"])
+def test_models_that_need_eager_attention_are_counted(tmp_path: Path, family: str) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    sizes = {"vocab_size": 61, "hidden_size": 48, "n_layer": 3, "n_head": 6, "attention_dropout": 0.0}
+    base = tiny_gemma2() if family == "gemma2" else BloomForCausalLM(BloomConfig(**sizes))
+    base.save_pretrained(tmp_path / family)
+    model = {"name_or_path": str(tmp_path / family), "quantization": "none", "attn_implementation": "eager"}
+    footprint = estimate_footprint(recipe(tmp_path, model=model), answer_tokens=ANSWERS)
+    assert all(footprint.phases[phase] > 0 for phase in ("training", "replay", "scoring", "evaluation"))
 
 
 @pytest.mark.filterwarnings("ignore")
