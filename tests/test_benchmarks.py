@@ -78,7 +78,7 @@ def test_the_other_figures_are_measured_and_told_from_their_goals(tmp_path):
     assert whole["to_replay"] == whole["seekr"] / whole["replay"] > 0
     counted = task_count.measure((1, 2), rank_limit=8, step_rounds=1, task_rounds=1)
     assert list(counted) == [1, 2]
-    assert all(min(of_one.values()) > 0 and len(of_one) == 3 for of_one in counted.values())
+    assert all(min(of_one.values()) > 0 and len(of_one) == 4 for of_one in counted.values())
 
 
 @pytest.mark.slow
