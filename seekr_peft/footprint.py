@@ -21,6 +21,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from .adapters import resolved_rank_limit
@@ -370,6 +371,32 @@ class _LoweredLinear(nn.Linear):
         return F.linear(input.to(self.lowered), weight, None if self.bias is None else self.bias.to(self.lowered))
 
 
+class _LoweredProducts(TorchFunctionMode):
+    """The products of an eager attention module under autocast, while its forward runs."""
+
+    functions = frozenset(
+        {torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm}
+    )
+
+    def __init__(self, lowered: torch.dtype) -> None:
+        super().__init__()
+        self.lowered = lowered
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        self.__enter__()
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.functions:
+            args = [
+                value.to(self.lowered) if isinstance(value, Tensor) and value.is_floating_point() else value
+                for value in args
+            ]
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _autocast(model: nn.Module, lowered: torch.dtype | None) -> Iterator[None]:
     """The model's forward under autocast and its output in float32, as accelerate wraps it; the backward outside."""
@@ -388,12 +415,18 @@ def _autocast(model: nn.Module, lowered: torch.dtype | None) -> Iterator[None]:
     for module in linear:
         module.__class__ = _LoweredLinear
         module.lowered, module.casts = lowered, casts
+    handles = [handle]
     for module in attention:
         module.lowered = lowered
+        if model.config.get_text_config()._attn_implementation == EAGER:
+            products = _LoweredProducts(lowered)
+            handles.append(module.register_forward_pre_hook(products.begin))
+            handles.append(module.register_forward_hook(products.end, always_call=True))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for module in linear:
             del module.lowered, module.casts
             module.__class__ = nn.Linear

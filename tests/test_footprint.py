@@ -116,15 +116,22 @@ def measured(of: Recipe, tmp_path: Path) -> tuple[dict[str, int], int]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_eager_attention_is_counted_with_its_square_arrays(tmp_path: Path, checkpointing: bool) -> None:
-    fused = estimate_footprint(recipe(tmp_path, "nf4", checkpointing), answer_tokens=ANSWERS)
-    model = {"name_or_path": "demo", "quantization": "nf4", "attn_implementation": "eager"}
-    settings = recipe(tmp_path, "nf4", checkpointing, model=model)
+@pytest.mark.parametrize(
+    ("quantization", "checkpointing", "bf16"),
+    [("nf4", False, False), ("nf4", True, False), ("nf4", True, True), ("none", False, True)],
+)
+def test_eager_attention_is_counted_with_its_square_arrays(
+    tmp_path: Path, quantization: str, checkpointing: bool, bf16: bool
+) -> None:
+    fused = estimate_footprint(recipe(tmp_path, quantization, checkpointing, bf16), answer_tokens=ANSWERS)
+    model = {"name_or_path": "demo", "quantization": quantization, "attn_implementation": "eager"}
+    settings = recipe(tmp_path, quantization, checkpointing, bf16, model=model)
     footprint = estimate_footprint(settings, answer_tokens=ANSWERS)
     peaks, _ = measured(settings, tmp_path)
+    # The heads are counted as spread over the layers, but a run may choose several of one.
+    limits = {"replay": 0.15}
     for phase, size in peaks.items():
-        assert footprint.phases[phase] == pytest.approx(size, rel=0.05), phase
+        assert footprint.phases[phase] == pytest.approx(size, rel=limits.get(phase, 0.05)), phase
         assert footprint.phases[phase] > fused.phases[phase]
 
 

@@ -173,6 +173,17 @@ def test_rows_of_other_heads_or_samples_are_refused() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("place", [-1, 20, 2**31 - 1])
+def test_a_stored_place_that_does_not_exist_makes_the_loss_nan(place: int) -> None:
+    inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 4, 2, 2, 20, 20, 6, 16, 4))
+    weights.fill_(1)
+    indices = teacher.indices.clone()
+    indices[0, 0, 0, 0] = place
+    assert not fused.row_kl(inputs, teacher, weights).isnan()
+    assert fused.row_kl(inputs, replace(teacher, indices=indices), weights).isnan()
+
+
+@needs_kernels
 def test_one_weight_for_all_heads_is_enough() -> None:
     inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 4, 2, 3, 20, 20, 6, 16, 4))
     same = weights[:, :1].clone()

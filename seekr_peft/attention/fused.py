@@ -46,6 +46,10 @@ def suits(query: Tensor, key: Tensor, n_rows: int) -> bool:
     layer is computed: a recomputation under activation checkpointing must take the same way as the forward did."""
     return (
         query.is_cuda
+        # No stand-in for a tensor, and no time at which a try would fail that works at others.
+        and type(query) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
         # AMD's compiler promises less about what a barrier orders.
         and torch.version.hip is None
         and query.dtype == key.dtype

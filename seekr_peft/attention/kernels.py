@@ -135,8 +135,9 @@ def rows_kernel(
         p = tl.load(kept + at, mask=counts[:, None] & (entry[None, :] < n_kept), other=0.0)
         # An entry of probability 0 is absent, so its key is one of the others.
         index = tl.load(indices + at, mask=p > 0, other=0)
-        # Never outside of the row, whatever is stored.
-        present = (p > 0) & (index < n_keys)
+        present = (p > 0) & (index >= 0) & (index < n_keys)
+        # Never outside of the row, whatever is stored; a place that does not exist makes the loss NaN.
+        loss += tl.sum(tl.where((p > 0) != present, float("nan"), 0.0), axis=1)
         cell = rows + row[:, None] * n_keys + index
         student = tl.load(cell, mask=present, other=0.0) - log_sum[:, None]
         loss += tl.sum(tl.where(present, p * (tl.log(tl.where(present, p, 1.0)) - student), 0.0), axis=1)
@@ -174,7 +175,7 @@ def rows_kernel(
             at = row[:, None] * n_kept + entry[None, :]
             p = tl.load(kept + at, mask=counts[:, None] & (entry[None, :] < n_kept), other=0.0)
             index = tl.load(indices + at, mask=p > 0, other=0)
-            present = (p > 0) & (index < n_keys)
+            present = (p > 0) & (index >= 0) & (index < n_keys)
             student = tl.exp(tl.load(entries + at, mask=present, other=0.0))
             gradient = (student * mass[:, None] - p) * weight[:, None]
             tl.store(rows + row[:, None] * n_keys + index, gradient, mask=present)
