@@ -411,11 +411,10 @@ def _autocast(model: nn.Module, lowered: torch.dtype | None) -> Iterator[None]:
         casts.clear()
         output.logits = output.logits.float()
 
-    handle = model.register_forward_hook(finish)
+    handles = [model.register_forward_hook(finish)]
     for module in linear:
         module.__class__ = _LoweredLinear
         module.lowered, module.casts = lowered, casts
-    handles = [handle]
     for module in attention:
         module.lowered = lowered
         if model.config.get_text_config()._attn_implementation == EAGER:
