@@ -458,6 +458,12 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
         problems += [f"tasks.order: {unknown_key(name, list(TASK_NAMES))}" for name in unknown]
         twice = {name for name in order if order.count(name) > 1}
         problems += [f"tasks.order names {name!r} more than once." for name in sorted(twice)]
+        # The general tests are looked for there, too.
+        if tasks.get("path") and not mapping.get("evaluation", {}).get("general"):
+            problems.append(
+                f"tasks.path: {tasks['path']} would not be read, as the tasks of the format {DEMO!r} come with the "
+                f"package; leave it out, or give the format of your own tasks: {', '.join((*FORMATS, MIXED))}."
+            )
     elif tasks["format"] in (*FORMATS, MIXED) and not tasks.get("path"):
         problems.append(f"tasks.path is missing; format {tasks['format']!r} needs the folder of the tasks.")
     else:

@@ -170,6 +170,11 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
             "tasks.epochs has 2 numbers for 4 tasks; give one for each.",
         ),
         ({"tasks": {"format": "jsonl"}}, "tasks.path is missing; format 'jsonl' needs the folder of the tasks."),
+        (
+            {"tasks": {"format": "demo", "path": "data"}},
+            "tasks.path: data would not be read, as the tasks of the format 'demo' come with the package; "
+            "leave it out, or give the format of your own tasks: jsonl, trace, superni, long_sequence, mixed.",
+        ),
         ({"seed": -1}, "seed: input should be greater than or equal to 0, got -1."),
         (
             {"evaluation": {"general": ["mmlu"]}},
