@@ -50,6 +50,7 @@ def step_figures(device: str, repeats: int) -> tuple[list[Figure], list[replay_s
     rows = [replay_step.measure(length, repeats, device) for length in (512, 1024, 2048)]
     base = rows[1].seconds["replay + logits"], rows[1].peak_bytes["replay + logits"]
     grown = replay_step.extra_peak(4096, device) / replay_step.extra_peak(512, device)
+    mixed = replay_step.mixed_batch(1024, repeats // 2 + 1, device)
     work, launches = rows[1].device_seconds, rows[1].launches
     own = []
     if work:
@@ -68,6 +69,8 @@ def step_figures(device: str, repeats: int) -> tuple[list[Figure], list[replay_s
             "x",
         ),
         Figure("the same, peak memory", rows[1].peak_bytes["with attention"] / base[1], 1.02, "x"),
+        Figure("replay step of 8 samples of 8 tasks, each with heads of its own, time", mixed["time"], 1.05, "x"),
+        Figure("the same, peak memory", mixed["peak"], 1.02, "x"),
         Figure("eager way / without, time", rows[1].seconds["eager attention"] / base[0], None, "x"),
         Figure("eager way / without, peak memory", rows[1].peak_bytes["eager attention"] / base[1], None, "x"),
         Figure("capture's own memory, T = 4096 / T = 512", grown, 8.0, "x"),

@@ -33,6 +33,7 @@ from benchmarks.replay_step import (
 )
 from benchmarks.timing import synchronise
 from seekr_peft import AttentionTap
+from seekr_peft.attention import row_kl
 from seekr_peft.forward import answer_logits
 
 BASE = "replay + logits"
@@ -58,9 +59,9 @@ def _one_round(model: nn.Module, stored: StoredSample) -> dict[str, float]:
         return result
 
     def observe(layer: int, call: Any) -> Tensor:
-        timed("selecting q, k and the mask", lambda: call.inputs)
         teacher = batch.layers[layer]
-        loss = timed("row KL and its gradient", lambda: call.row_kl(teacher.rows, teacher.weights))
+        rows = timed("selecting q, k and the mask", lambda: call.pair_inputs(teacher.pairs))
+        loss = timed("row KL and its gradient", lambda: row_kl(rows, teacher.rows, teacher.weights))
         inputs = call.query, call.key
         timed("backward to all heads' q and k", lambda: torch.autograd.grad(loss, inputs, retain_graph=True))
         return loss

@@ -139,7 +139,8 @@ def with_attention(model: nn.Module, batch: ReplayBatch) -> Tensor:
     """The same with attention distillation; the caller runs backward inside the tap."""
 
     def observe(layer: int, call: Any) -> Tensor:
-        return call.row_kl(batch.layers[layer].rows, batch.layers[layer].weights)
+        teacher = batch.layers[layer]
+        return call.pair_kl(teacher.pairs, teacher.rows, teacher.weights)
 
     with AttentionTap(model, batch.heads, batch.queries, observe=observe, keep_graph=True) as tap:
         logits, targets = answer_logits(model, batch.input_ids, batch.attention_mask, batch.labels)
@@ -158,9 +159,8 @@ def with_eager_attention(model: nn.Module, batch: ReplayBatch) -> Tensor:
     logits, targets = outputs.logits[sample, position], batch.labels[:, 1:][sample, position]
     attention = logits.new_zeros(())
     for layer, teacher in batch.layers.items():
-        rows = outputs.attentions[layer][:, list(batch.heads[layer])]
-        places = batch.queries[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-        attention = attention + kl_of_rows(rows.gather(2, places), teacher.rows, teacher.weights)
+        rows = teacher.pairs.queries(outputs.attentions[layer], batch.queries)
+        attention = attention + kl_of_rows(rows, teacher.rows, teacher.weights)
     return combine(label_loss(logits, targets), logits_kl(logits, _logits(batch)), attention, 0.5, 10.0).total
 
 
@@ -208,6 +208,36 @@ def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, thr
         torch.set_num_threads(before)
 
 
+def mixed_batch(length: int, repeats: int, device: str, n_tasks: int = 8) -> dict[str, float]:
+    """Time and peak memory with attention over those without, of a batch of one sample of each of ``n_tasks`` tasks,
+    every one of which has drawn its heads by itself."""
+    model, sample = build_model(length, "sdpa", device), make_sample(length)
+    generator = torch.Generator().manual_seed(0)
+    with TemporaryDirectory() as folder:
+        stored = [
+            StoredSample(f"{folder}/{task}", model, sample, _drawn_heads(generator), device) for task in range(n_tasks)
+        ]
+
+        def batch(kind: str) -> ReplayBatch:
+            memory = ReplayMemory([one.memories[kind] for one in stored])
+            return memory.batch([(task, 0) for task in range(n_tasks)], device=torch.device(device))
+
+        variants: dict[str, Callable[[], object]] = {
+            "without": lambda: replay_with_logits(model, batch("logits")).backward(),
+            "with": lambda: with_attention(model, batch("rows")),
+        }
+        peaks, seconds = peak_bytes(variants, device), median_seconds(variants, repeats, device)
+    return {"time": seconds["with"] / seconds["without"], "peak": peaks["with"] / peaks["without"]}
+
+
+def _drawn_heads(generator: torch.Generator, shape: Shape = SMALL) -> HeadSelection:
+    """As many as ``selected_heads``, anywhere in as many layers."""
+    layers = torch.randperm(shape.layers, generator=generator)[: round(0.75 * shape.layers)].tolist()
+    places = torch.randperm(len(layers) * shape.heads, generator=generator)[: selected_heads(shape).n_heads].tolist()
+    chosen = [divmod(place, shape.heads) for place in places]
+    return HeadSelection({layer: [head for i, head in chosen if i == at] for at, layer in enumerate(layers)})
+
+
 def extra_peak(length: int, device: str) -> int:
     """Peak bytes that the capture adds to a replay step's forward and backward, apart from its peak elsewhere."""
     model = build_model(length, "sdpa", device)
@@ -223,7 +253,7 @@ def extra_peak(length: int, device: str) -> int:
     with AttentionTap(model, batch.heads, batch.queries, observe=keep):
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     with PeakMemory(device) as memory:
-        losses = [calls[layer].row_kl(teacher[layer].rows, teacher[layer].weights) for layer in teacher]
+        losses = [calls[layer].pair_kl(found.pairs, found.rows, found.weights) for layer, found in teacher.items()]
         queries = [calls[layer].query for layer in teacher]
         torch.autograd.grad(torch.stack(losses).sum(), queries)
     return memory.peak

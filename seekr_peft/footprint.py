@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 
 from .adapters import resolved_rank_limit
 from .attention import AttentionCall, AttentionTap, TeacherRows, attention_modules, head_shape
-from .attention.rows import BROADEST
+from .attention.rows import BROADEST, HeadPairs
 from .attention.support import EAGER
 from .config import SeekrConfig, budget_count
 from .errors import ConfigError
@@ -516,7 +516,7 @@ def _replay(
         teacher = _teacher(method, heads, batch_size, sample)
 
         def distance(layer: int, call: AttentionCall) -> Tensor:
-            return call.row_kl(*teacher[layer])
+            return call.pair_kl(*teacher[layer])
 
         with AttentionTap(model, heads, sample.queries, observe=distance) as tap:
             loss = _answer_loss(model, batch, answers)
@@ -541,15 +541,17 @@ def _spread(method: SeekrConfig, model: nn.Module, n_heads: int) -> HeadSelectio
 
 def _teacher(
     method: SeekrConfig, heads: HeadSelection, batch_size: int, sample: ReplaySample
-) -> dict[int, tuple[TeacherRows, Tensor]]:
-    """The stored rows of a replay batch, padded to the broadest, and their weights."""
+) -> dict[int, tuple[HeadPairs, TeacherRows, Tensor]]:
+    """The stored rows of a replay batch, padded to the broadest, and their weights. Which heads a sample has does not
+    matter, only how many."""
     k = min(BROADEST * method.row_top_k, len(sample.input_ids))
     found = {}
     for layer, chosen in heads.items():
-        shape = batch_size, len(chosen), len(sample.queries)
+        pairs = HeadPairs.of_all(torch.zeros(len(chosen), dtype=torch.long, device="meta"), batch_size)
+        shape = 1, batch_size * len(chosen), len(sample.queries)
         indices = torch.zeros(*shape, k, dtype=torch.int32, device="meta")
         rows, remaining, weights = (torch.zeros(*size, device="meta") for size in ((*shape, k), shape, shape))
-        found[layer] = TeacherRows(indices, rows, remaining), weights
+        found[layer] = pairs, TeacherRows(indices, rows, remaining), weights
     return found
 
 

@@ -64,11 +64,13 @@ def test_the_benchmark_prints_ratios_and_writes_json(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_other_figures_are_measured_and_told_from_their_goals(tmp_path):
-    from benchmarks import scoring, storage, task_count, whole_task
+    from benchmarks import replay_step, scoring, storage, task_count, whole_task
     from benchmarks.__main__ import Figure
 
     assert Figure("time", 1.2, 1.0, "x").row() == ("time", "x 1.200", "1", "+20 %")
     assert Figure("size", 0.9, 1.0, "MB").row() == ("size", "0.9 MB", "1", "reached")
+    mixed = replay_step.mixed_batch(32, 1, "cpu", n_tasks=2)
+    assert mixed["time"] > 0 and mixed["peak"] > 1
     found = scoring.measure(32, 1, "cpu")
     assert found["ratio"] > 0.5 and found["scoring_peak"] > found["bare_peak"] > 0
     assert 0.8e6 < storage.bytes_7b(32_000) < 1e6

@@ -170,6 +170,28 @@ def test_each_phases_own_bytes_are_predicted(
     assert 0.99 * sample_bytes <= footprint.bytes_per_sample <= 1.2 * sample_bytes
 
 
+def test_the_replay_peak_is_the_same_after_any_number_of_tasks_and_predicted(tmp_path: Path) -> None:
+    """Every task draws heads of its own: after four of them a batch holds those of three or four."""
+    method = {**METHOD, "head_choice": "random", "replay_ratio": 0.2, "replay_batch_size": 6}
+    settings = recipe(tmp_path, "none", method=method)
+    model, _ = load_model(settings)
+    seekr = Seekr(model, settings.method_config(), directory=tmp_path / "method")
+    data, peaks = full_length_data(), []
+    for number in range(5):
+        with seekr.task(f"task{number}", replay_from=data, optimizer_steps=1):
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.data += 0.001
+            if number in (1, 4):
+                model.train()
+                with PeakMemory() as memory, seekr.replay_terms(model) as terms:
+                    terms.total.backward()
+                peaks.append(memory.peak)
+                model.zero_grad()
+    assert len(set(seekr.selections)) == 5
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.04)
+    assert estimate_footprint(settings, answer_tokens=ANSWERS).phases["replay"] == pytest.approx(peaks[1], rel=0.05)
+
+
 def test_a_replay_batch_counts_its_teachers_entries_padded_to_the_broadest(tmp_path: Path) -> None:
     """3 samples of 8 answers: four times the average of 10 entries a token, then every word of the vocabulary."""
     one, ten, all_words = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seekr_peft.attention import TeacherRows, fused
-from seekr_peft.attention.rows import RowInputs, RowMask, head_keys, head_queries, row_kl
+from seekr_peft.attention.rows import HeadPairs, PairMask, RowInputs, RowMask, row_kl
 from seekr_peft.errors import CaptureError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,25 +29,38 @@ PRECISION = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def layer(
-    dtype: torch.dtype, bias: bool, repeated: bool, sizes: tuple[Any, ...]
+    dtype: torch.dtype, bias: bool, repeated: bool, sizes: tuple[Any, ...], own: bool = False
 ) -> tuple[fused.FusedInputs, TeacherRows, Tensor]:
-    """Random q and k as a model lays them out, a mask in which one row sees nothing, and a teacher."""
+    """Random q and k as a model lays them out, a mask in which one row sees nothing, and a teacher. ``own``: each
+    sample has some of the heads, one has none."""
     batch, n_heads, n_kv, chosen, t_q, t_k, n_queries, dim, top_k = sizes
     query = torch.randn(batch, t_q, n_heads, dim).to(DEVICE, dtype).transpose(1, 2).requires_grad_()
     key = torch.randn(batch, t_k, n_kv, dim).to(DEVICE, dtype).transpose(1, 2).requires_grad_()
     heads = torch.randperm(n_heads)[:chosen].sort().values.to(DEVICE)
+    pairs = own_pairs(heads, batch) if own else HeadPairs.of_all(heads, batch)
     draw = (lambda: torch.randint(0, t_q, (n_queries,))) if repeated else (lambda: torch.randperm(t_q)[:n_queries])
     positions = torch.stack([draw() for _ in range(batch)]).to(DEVICE)
     allowed = torch.rand(batch, 1, n_queries, t_k, device=DEVICE) > 0.3
     allowed[..., 0] = True
     allowed[0, 0, -1] = False
     mask = RowMask(allowed, torch.randn(1, chosen, n_queries, t_k, device=DEVICE) if bias else None)
-    logits = 2 * torch.randn(batch, chosen, n_queries, t_k, device=DEVICE)
-    rows = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1).nan_to_num(0)
-    weights = torch.rand(batch, chosen, n_queries, device=DEVICE)
+    logits = 2 * torch.randn(1, len(pairs.heads), n_queries, t_k, device=DEVICE)
+    blocked = ~PairMask(mask, pairs).allowed
+    rows = torch.softmax(logits.masked_fill(blocked, float("-inf")), dim=-1).nan_to_num(0)
+    weights = torch.rand(1, len(pairs.heads), n_queries, device=DEVICE)
     weights = weights * (torch.rand_like(weights) > 0.3)
-    inputs = fused.FusedInputs(query, key, heads, positions, mask, dim**-0.5)
+    inputs = fused.FusedInputs(query, key, pairs, positions, mask, dim**-0.5)
     return inputs, TeacherRows.from_dense(rows, top_k), weights
+
+
+def own_pairs(heads: Tensor, batch: int) -> HeadPairs:
+    """The last sample has none; each other one has one head more than the one before, from the last on."""
+    chosen = [list(range(len(heads)))[-1 - i :] for i in range(batch - 1)] + [[]]
+    counts = tuple(len(slots) for slots in chosen)
+    slots = torch.tensor([slot for own in chosen for slot in own], device=DEVICE)
+    samples = torch.arange(batch, device=DEVICE).repeat_interleave(torch.tensor(counts, device=DEVICE))
+    starts = torch.tensor([sum(counts[:i]) for i in range(batch + 1)], device=DEVICE)
+    return HeadPairs(samples, heads[slots], slots, starts, counts)
 
 
 def exact(inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor) -> tuple[Tensor, ...]:
@@ -55,12 +68,11 @@ def exact(inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor) -> t
     query = inputs.query.detach().double().requires_grad_()
     key = inputs.key.detach().double().requires_grad_()
     bias = None if inputs.mask.bias is None else inputs.mask.bias.double()
-    real = torch.ones(weights.shape[0], weights.shape[2], dtype=torch.bool, device=DEVICE)
     rows = RowInputs(
-        head_queries(query, inputs.heads, inputs.positions),
-        head_keys(key, inputs.heads, query.shape[1]),
-        RowMask(inputs.mask.allowed, bias),
-        real,
+        inputs.pairs.queries(query, inputs.positions),
+        inputs.pairs.keys(key, query.shape[1]),
+        PairMask(RowMask(inputs.mask.allowed, bias), inputs.pairs),
+        torch.ones(1, weights.shape[2], dtype=torch.bool, device=DEVICE),
         inputs.scaling,
     )
     loss = row_kl(rows, teacher, weights)
@@ -99,6 +111,24 @@ def check(
 @pytest.mark.parametrize("bias", [False, True])
 def test_kernels_equal_the_plain_computation_in_float64(dtype: torch.dtype, sizes: Any, bias: bool) -> None:
     check(*layer(dtype, bias, repeated=False, sizes=sizes))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize("sizes", [(4, 6, 2, 5, 30, 30, 7, 10, 4), (2, 8, 8, 3, 40, 90, 20, 32, 9)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_samples_may_have_heads_of_their_own(dtype: torch.dtype, sizes: Any, bias: bool) -> None:
+    check(*layer(dtype, bias, repeated=False, sizes=sizes, own=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_many_heads_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    inputs, teacher, weights = layer(
+        torch.float32, True, repeated=False, sizes=(3, 6, 2, 5, 30, 30, 7, 10, 4), own=True
+    )
+    monkeypatch.setattr(fused, "CHUNK_BYTES", at_once * 4 * 7 * 30)
+    check(inputs, teacher, weights)
 
 
 @needs_kernels
@@ -167,8 +197,8 @@ def test_the_kernels_try_themselves_on_a_few_numbers() -> None:
 @needs_kernels
 def test_rows_of_other_heads_or_samples_are_refused() -> None:
     inputs, teacher, weights = layer(torch.float32, False, repeated=False, sizes=(1, 4, 2, 2, 20, 20, 6, 16, 4))
-    with pytest.raises(CaptureError, match=r"\(1, 2, 6\) and the captured ones \(1, 1, 6\)"):
-        fused.row_kl(replace(inputs, heads=inputs.heads[:1]), teacher, weights)
+    with pytest.raises(CaptureError, match=r"are of 2 heads \(of all samples together\) and 6 queries, .* of 1 and 6"):
+        fused.row_kl(replace(inputs, pairs=HeadPairs.of_all(inputs.pairs.heads[:1], 1)), teacher, weights)
 
 
 @needs_kernels
@@ -209,10 +239,11 @@ def test_a_machine_that_cannot_build_the_kernels_is_told_so_once(
 
 def test_the_kernels_are_for_a_gpu_and_for_what_fits() -> None:
     query, key = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
-    assert not fused.suits(query, key, 100)
+    assert not fused.suits(query, key, 4, 100)
     if torch.cuda.is_available() and find_spec("triton"):
         query, key = query.cuda(), key.cuda()
-        assert fused.suits(query, key, 100)
-        assert not fused.suits(query.double(), key.double(), 100)
-        assert not fused.suits(query, key.half(), 100)
-        assert not fused.suits(query, key, 10**9)
+        assert fused.suits(query, key, 4, 100)
+        assert not fused.suits(query.double(), key.double(), 4, 100)
+        assert not fused.suits(query, key.half(), 4, 100)
+        assert not fused.suits(query, key, 4, 10**9)
+        assert not fused.suits(query, key, 10**9, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -463,22 +464,60 @@ def test_a_batch_is_padded_on_the_right_and_taps_the_union_of_the_heads() -> Non
         assert (batch.input_ids[i, lengths[i] :] == 0).all()
 
 
+def test_a_layer_holds_each_samples_own_heads_and_no_others() -> None:
+    """Selections: {0: [1, 4], 2: [0, 3, 5]} and so on; by hand, the pairs of a sample and a head."""
+    batch, alone = mixed_batch()
+    expected = {
+        layer: [(i, head) for i, chosen in enumerate(SELECTIONS) for head in chosen.get(layer, ())]
+        for layer in range(3)
+    }
+    for layer, teacher in batch.layers.items():
+        pairs = teacher.pairs
+        assert list(zip(pairs.samples.tolist(), pairs.heads.tolist(), strict=True)) == expected[layer]
+        assert [batch.heads[layer][slot] for slot in pairs.slots] == pairs.heads.tolist()
+        assert pairs.counts == tuple(len(chosen.get(layer, ())) for chosen in SELECTIONS)
+        assert pairs.starts.tolist() == [0, *itertools.accumulate(pairs.counts)]
+        for place, (i, head) in enumerate(expected[layer]):
+            own = alone[i].layers[layer]
+            found, k = teacher.rows.probabilities[0, place], own.rows.probabilities.shape[-1]
+            assert torch.equal(found[: BUDGETS[i], :k], own.rows.probabilities[0, SELECTIONS[i][layer].index(head)])
+            assert not found[:, k:].any()
+
+
+def test_what_a_batch_holds_depends_on_the_number_of_heads_and_not_on_which() -> None:
+    samples = make_samples(4, budget=5)
+    same = [HeadSelection({0: [1, 4]})] * 4
+    own = [
+        HeadSelection({0: [0, 1]}),
+        HeadSelection({0: [2, 3]}),
+        HeadSelection({1: [2, 5]}),
+        HeadSelection({2: [3, 4]}),
+    ]
+
+    def size(selections: list[HeadSelection]) -> int:
+        signals = [make_signals([s], h, 99, 0)[0] for s, h in zip(samples, selections, strict=True)]
+        return sum(
+            teacher.rows.probabilities.numel() for teacher in collate(samples, selections, signals).layers.values()
+        )
+
+    assert size(same) == size(own) > 0
+
+
 def test_the_weights_of_all_layers_sum_to_one_and_each_sample_has_an_equal_part() -> None:
     batch, _ = mixed_batch()
-    per_sample = sum(teacher.weights.sum(dim=(1, 2)) for teacher in batch.layers.values())
+    per_sample = torch.zeros(3)
+    for teacher in batch.layers.values():
+        per_sample.index_add_(0, teacher.pairs.samples, teacher.weights[0].sum(dim=1))
     torch.testing.assert_close(per_sample, torch.full((3,), 1 / 3), rtol=1e-6, atol=0)
     # Sample 0: 2 layers, 2 heads in layer 0, 5 queries.
-    torch.testing.assert_close(
-        batch.layers[0].weights[0, 1],
-        torch.full_like(batch.layers[0].weights[0, 1], 0).index_fill_(0, torch.arange(5), 1 / (3 * 2 * 2 * 5)),
-    )
-    assert not batch.layers[0].weights[0, 0].any(), "sample 0 did not select head 0 of layer 0"
-    assert not batch.layers[0].weights[2].any(), "sample 2 selected nothing in layer 0"
+    first = batch.layers[0].weights[0, 0]
+    torch.testing.assert_close(first, torch.zeros_like(first).index_fill_(0, torch.arange(5), 1 / (3 * 2 * 2 * 5)))
 
 
 def attention_loss(model: Any, batch: ReplayBatch) -> torch.Tensor:
     def observe(layer: int, call: Any) -> torch.Tensor:
-        return call.row_kl(batch.layers[layer].rows, batch.layers[layer].weights)
+        teacher = batch.layers[layer]
+        return call.pair_kl(teacher.pairs, teacher.rows, teacher.weights)
 
     with AttentionTap(model, batch.heads, batch.queries, observe=observe) as tap:
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -530,7 +569,8 @@ def test_a_batch_moves_as_a_whole() -> None:
     tensors += [moved.logits.indices, moved.logits.probabilities, moved.logits.remaining]
     for teacher in moved.layers.values():
         tensors += [teacher.weights, teacher.rows.indices, teacher.rows.probabilities, teacher.rows.remaining]
-    assert all(tensor.device.type == "meta" for tensor in tensors) and len(tensors) == 19
+        tensors += [teacher.pairs.samples, teacher.pairs.heads, teacher.pairs.slots, teacher.pairs.starts]
+    assert all(tensor.device.type == "meta" for tensor in tensors) and len(tensors) == 31
 
 
 def test_a_memory_on_disk_gives_the_same_batch_as_its_samples(tmp_path: Path) -> None:

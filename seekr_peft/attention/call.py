@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from ..errors import CaptureError
 from . import fused
 from .rows import (
+    HeadPairs,
+    PairMask,
     RowInputs,
     RowMask,
     TeacherRows,
@@ -53,11 +55,18 @@ class QuerySelection:
 
 
 class AttentionCall(Protocol):
-    """What an observer may ask of one layer's attention call. ``heads`` is int64 (n_selected,)."""
+    """What an observer may ask of one layer's attention call. ``heads`` is int64 (n_selected,).
+
+    ``row_kl`` is of all ``heads`` of all samples, with a teacher of shape (batch, n_selected, n_queries, k);
+    ``pair_kl`` of ``pairs``, where samples have heads of their own, with a teacher (1, n_pairs, n_queries, k) and
+    weights (1, n_pairs, n_queries). So what a batch costs does not grow with the number of tasks that it mixes.
+    """
 
     def rows(self) -> Tensor: ...
 
     def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor: ...
+
+    def pair_kl(self, pairs: HeadPairs, teacher: TeacherRows, weights: Tensor) -> Tensor: ...
 
     def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor: ...
 
@@ -92,13 +101,32 @@ class InterfaceCall:
         return row_probabilities(self.inputs)
 
     def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
-        if fused.suits(self.query, self.key, self.heads.numel() * self.queries.positions.shape[1]):
-            if weights is None:
-                weights = row_weights(self.queries.real, self.heads.numel())
-            mask = self._mask(self.queries)
-            inputs = fused.FusedInputs(self.query, self.key, self.heads, self.queries.positions, mask, self.scaling)
-            return fused.row_kl(inputs, teacher, weights)
-        return row_kl(self.inputs, teacher, weights)
+        batch, n_selected = self.query.shape[0], self.heads.numel()
+        if not self._runs_fused(batch * n_selected):
+            return row_kl(self.inputs, teacher, weights)
+        if weights is None:
+            weights = row_weights(self.queries.real, n_selected)
+        return fused.row_kl(self._fused(HeadPairs.of_all(self.heads, batch)), *fused.as_pairs(teacher, weights))
+
+    def pair_kl(self, pairs: HeadPairs, teacher: TeacherRows, weights: Tensor) -> Tensor:
+        if self._runs_fused(len(pairs.heads)):
+            return fused.row_kl(self._fused(pairs), teacher, weights)
+        return row_kl(self.pair_inputs(pairs), teacher, weights)
+
+    def pair_inputs(self, pairs: HeadPairs) -> RowInputs:
+        """The ingredients of the rows of ``pairs``, as the heads of a single sample."""
+        query = pairs.queries(self.query, self.queries.positions)
+        key = pairs.keys(self.key, self.query.shape[1])
+        # The weights say which rows count.
+        real = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
+        return RowInputs(query, key, PairMask(self._mask(self.queries), pairs), real, self.scaling)
+
+    def _runs_fused(self, n_pairs: int) -> bool:
+        return fused.suits(self.query, self.key, n_pairs, self.queries.positions.shape[1])
+
+    def _fused(self, pairs: HeadPairs) -> fused.FusedInputs:
+        mask, positions = self._mask(self.queries), self.queries.positions
+        return fused.FusedInputs(self.query, self.key, pairs, positions, mask, self.scaling)
 
     def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor:
         """(batch, n_selected) sums of squares of dL/dA, from the gradient of the kernel's output, (batch, T_q, n_heads,
@@ -203,6 +231,10 @@ class EagerCall:
         if weights is None:
             weights = row_weights(self.queries.real, rows.shape[1])
         return kl_of_rows(rows, teacher, weights)
+
+    def pair_kl(self, pairs: HeadPairs, teacher: TeacherRows, weights: Tensor) -> Tensor:
+        rows = pairs.queries(self.weights, self.queries.positions)
+        return kl_of_rows(normalised(rows.to(compute_dtype(rows))), teacher, weights)
 
     def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor:
         """(batch, n_selected) sums of squares of the gradient at the weights that may be non-zero."""

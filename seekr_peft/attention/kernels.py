@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 
 # Numbers that change from sample to sample and from layer to layer: a kernel compiled for each would cost seconds.
-_COUNTS = ["n_heads", "n_queries", "n_keys", "n_kept", "n_positions", "group"]
+_COUNTS = ["n_queries", "n_keys", "n_kept", "n_positions", "group"]
 _STRIDES = [f"{name}_{axis}" for name in ("positions", "addend", "sees", "weights") for axis in "bhqk"]
-_CUT_OUT = ["heads", "positions", "addend", "sees", "weights", "indices", "kept", "remaining", "outer"]
+_CUT_OUT = [
+    *("samples", "heads", "slots", "starts", "positions", "addend", "sees", "weights"),
+    *("indices", "kept", "remaining", "losses", "outer"),
+]
 
 
 def _compiled(function):
@@ -30,7 +33,9 @@ def _compiled(function):
 def rows_kernel(
     query,
     key,
+    samples,
     heads,
+    slots,
     positions,
     addend,
     sees,
@@ -59,10 +64,8 @@ def rows_kernel(
     sees_b,
     sees_h,
     sees_q,
-    weights_b,
     weights_h,
     weights_q,
-    n_heads,
     n_queries,
     n_keys,
     n_kept,
@@ -75,32 +78,33 @@ def rows_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Loss of ``BLOCK_Q`` rows of one head, and with ``DIFFERENTIABLE`` the gradients of their logits (left in
-    ``rows``) and of their queries.
+    """Loss of ``BLOCK_Q`` rows of one pair (a head of a sample), and with ``DIFFERENTIABLE`` the gradients of their
+    logits (left in ``rows``) and of their queries.
 
-    ``rows`` (batch, heads, n_queries, n_keys) holds the masked logits, then minus infinity where an entry is stored,
+    ``rows`` (n_pairs, n_queries, n_keys) holds the masked logits, then minus infinity where an entry is stored,
     so that the other keys are summed directly and not as a difference from 1, then the gradient. ``entries``
-    (batch, heads, n_queries, n_kept) holds the student's log-probabilities of the stored entries.
+    (n_pairs, n_queries, n_kept) holds the student's log-probabilities of the stored entries.
     """
-    sample, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
+    pair = tl.program_id(0)
+    sample, slot = tl.load(samples + pair), tl.load(slots + pair)
     place = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     valid = place < n_queries
-    row = tl.program_id(0) * n_queries + place
+    row = pair * n_queries + place
     d = tl.arange(0, BLOCK_D)
 
-    weight = tl.load(weights + sample * weights_b + head * weights_h + place * weights_q, mask=valid, other=0.0)
-    sighted = tl.load(sees + sample * sees_b + head * sees_h + place * sees_q, mask=valid, other=0) != 0
+    weight = tl.load(weights + pair * weights_h + place * weights_q, mask=valid, other=0.0)
+    sighted = tl.load(sees + sample * sees_b + slot * sees_h + place * sees_q, mask=valid, other=0) != 0
     counts = valid & (weight > 0) & sighted
     weight = tl.where(counts, weight, 0.0)
-    model_head = tl.load(heads + head)
+    head = tl.load(heads + pair)
     position = tl.load(positions + sample * positions_b + place * positions_q, mask=counts, other=0)
     q = tl.load(
-        query + sample * query_b + model_head * query_h + position[:, None] * query_t + d[None, :] * query_d,
+        query + sample * query_b + head * query_h + position[:, None] * query_t + d[None, :] * query_d,
         mask=counts[:, None] & (d[None, :] < head_dim),
         other=0.0,
     ).to(tl.float32)
-    keys_of_head = key + sample * key_b + (model_head // group) * key_h
-    addend_of_rows = addend + sample * addend_b + head * addend_h + place[:, None] * addend_q
+    keys_of_head = key + sample * key_b + (head // group) * key_h
+    addend_of_rows = addend + sample * addend_b + slot * addend_h + place[:, None] * addend_q
 
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -203,7 +207,9 @@ def rows_kernel(
 @_compiled
 def keys_kernel(
     query,
+    samples,
     heads,
+    slots,
     positions,
     sees,
     weights,
@@ -218,10 +224,8 @@ def keys_kernel(
     sees_b,
     sees_h,
     sees_q,
-    weights_b,
     weights_h,
     weights_q,
-    n_heads,
     n_queries,
     n_keys,
     head_dim,
@@ -230,19 +234,20 @@ def keys_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient of ``BLOCK_T`` keys of one selected head, from the logits' gradient in ``rows``."""
-    sample, head = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
+    """Gradient of ``BLOCK_T`` keys of one pair, from the logits' gradient in ``rows``."""
+    pair = tl.program_id(0)
+    sample, slot = tl.load(samples + pair), tl.load(slots + pair)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     inside = t < n_keys
-    of_head = query + sample * query_b + tl.load(heads + head) * query_h
+    of_head = query + sample * query_b + tl.load(heads + pair) * query_h
     for_keys = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for start in range(0, n_queries, BLOCK_Q):
         place = start + tl.arange(0, BLOCK_Q)
-        row = tl.program_id(0) * n_queries + place
+        row = pair * n_queries + place
         valid = place < n_queries
-        weight = tl.load(weights + sample * weights_b + head * weights_h + place * weights_q, mask=valid, other=0.0)
-        sighted = tl.load(sees + sample * sees_b + head * sees_h + place * sees_q, mask=valid, other=0) != 0
+        weight = tl.load(weights + pair * weights_h + place * weights_q, mask=valid, other=0.0)
+        sighted = tl.load(sees + sample * sees_b + slot * sees_h + place * sees_q, mask=valid, other=0) != 0
         counts = valid & (weight > 0) & sighted
         position = tl.load(positions + sample * positions_b + place * positions_q, mask=counts, other=0)
         q = tl.load(
@@ -253,7 +258,7 @@ def keys_kernel(
         gradient = tl.load(rows + row[:, None] * n_keys + t[None, :], mask=counts[:, None] & inside[None, :], other=0.0)
         for_keys += tl.dot(tl.trans(gradient), q.to(tl.float32), input_precision="ieee")
     tl.store(
-        key_gradient + (tl.program_id(0) * n_keys + t[:, None]) * head_dim + d[None, :],
+        key_gradient + (pair * n_keys + t[:, None]) * head_dim + d[None, :],
         (for_keys * scaling).to(key_gradient.dtype.element_ty),
         mask=inside[:, None] & (d[None, :] < head_dim),
     )
@@ -262,6 +267,7 @@ def keys_kernel(
 @_compiled
 def spread_kernel(
     outer,
+    starts,
     heads,
     positions,
     query_gradient,
@@ -278,7 +284,6 @@ def spread_kernel(
     all_keys_h,
     all_keys_t,
     all_keys_d,
-    n_heads,
     n_query_heads,
     n_key_heads,
     n_queries,
@@ -290,22 +295,23 @@ def spread_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``outer`` times the gradients, where all heads' queries and keys lie, and 0 elsewhere. A sum over the selected
-    heads and queries that share a place, so the order is always the same."""
+    """``outer`` times the gradients, where all heads' queries and keys lie, and 0 elsewhere. A sum over the sample's
+    pairs and queries that share a place, so the order is always the same."""
     width = n_query_heads + n_key_heads
     sample, which = tl.program_id(0) // width, tl.program_id(0) % width
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     factor = tl.load(outer).to(tl.float32)
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    first, end = tl.load(starts + sample), tl.load(starts + sample + 1)
     if which < n_query_heads:
-        for head in range(0, n_heads):
-            if tl.load(heads + head) == which:
+        for pair in range(first, end):
+            if tl.load(heads + pair) == which:
                 for start in range(0, n_queries, BLOCK_Q):
                     place = start + tl.arange(0, BLOCK_Q)
                     valid = place < n_queries
                     position = tl.load(positions + sample * positions_b + place * positions_q, mask=valid, other=-1)
-                    row = (sample * n_heads + head) * n_queries + place
+                    row = pair * n_queries + place
                     own = tl.load(
                         query_gradient + row[:, None] * head_dim + d[None, :],
                         mask=valid[:, None] & (d[None, :] < head_dim),
@@ -325,9 +331,9 @@ def spread_kernel(
     else:
         which -= n_query_heads
         inside = (t[:, None] < n_keys) & (d[None, :] < head_dim)
-        for head in range(0, n_heads):
-            if tl.load(heads + head) // group == which:
-                row = (sample * n_heads + head) * n_keys + t
+        for pair in range(first, end):
+            if tl.load(heads + pair) // group == which:
+                row = pair * n_keys + t
                 total += tl.load(key_gradient + row[:, None] * head_dim + d[None, :], mask=inside, other=0.0).to(
                     tl.float32
                 )

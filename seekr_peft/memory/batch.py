@@ -1,19 +1,20 @@
 """A replay batch: padded samples of several tasks with their teachers' rows and logits, ready for one forward.
 
 Samples of different tasks have different selected heads (a selection is frozen with its task), so each layer gets
-the union of the batch's heads, and weights that are 0 where a sample did not select a head. May import ``storage`` and
-``codec``.
+pairs of a sample and a head: what a batch holds and costs does not grow with the number of tasks that it mixes. May
+import ``storage`` and ``codec``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ..attention.rows import TeacherRows
+from ..attention.rows import HeadPairs, TeacherRows
 from ..heads import HeadSelection
 from ..losses import IGNORED, TeacherDistributions
 from .codec import SparseRows
@@ -23,21 +24,26 @@ from .storage import TeacherSignals, join_layers
 
 @dataclass(frozen=True)
 class LayerTeacher:
-    """One layer's teacher rows (batch, heads, n_queries, k), indices int32, and the weight of each row, (batch, heads,
-    n_queries).
+    """One layer's ``pairs`` of a sample and one of its heads, their teacher rows (1, n_pairs, n_queries, k), indices
+    int32, and the weight of each row, (1, n_pairs, n_queries).
 
     The weights of all layers sum to 1: mean over a sample's heads and queries, then over its layers, then over the
     samples of the batch, so that the weighted sum of the row KLs over all layers is the attention loss.
     """
 
+    pairs: HeadPairs
     rows: TeacherRows
     weights: Tensor
+
+    def to(self, device: torch.device) -> LayerTeacher:
+        """Move everything to ``device``."""
+        return LayerTeacher(self.pairs.to(device), self.rows.to(device, torch.float32), self.weights.to(device))
 
 
 @dataclass(frozen=True)
 class ReplayBatch:
     """``input_ids``, ``attention_mask``, ``labels`` int64 (batch, T), right-padded; ``queries`` int64 (batch,
-    n_queries); ``heads`` the union of the selections; ``logits`` in order of sample and position, or None."""
+    n_queries); ``heads`` all that some sample selected; ``logits`` in order of sample and position, or None."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -49,10 +55,7 @@ class ReplayBatch:
 
     def to(self, device: torch.device) -> ReplayBatch:
         """Move everything to ``device``."""
-        layers = {
-            layer: LayerTeacher(teacher.rows.to(device, torch.float32), teacher.weights.to(device))
-            for layer, teacher in self.layers.items()
-        }
+        layers = {layer: teacher.to(device) for layer, teacher in self.layers.items()}
         logits = self.logits
         if logits is not None:
             parts = (logits.indices, logits.probabilities, logits.remaining)
@@ -121,43 +124,59 @@ def _layers(
 ) -> dict[int, LayerTeacher]:
     """Each layer's block of arrays over all layers, which take as many calls to fill as one layer's would."""
     k = max(found.indices.shape[-1] for found in rows if found is not None)
-    n_rows = heads.n_heads * len(samples) * n_queries
+    pairs = {
+        layer: [(i, head) for i, chosen in enumerate(selections) for head in chosen.get(layer, ())] for layer in heads
+    }
+    places = {pair: place for place, pair in enumerate((layer, *pair) for layer in heads for pair in pairs[layer])}
+    n_rows = len(places) * n_queries
     # Half of int64, which a layer's indices become while they are used.
     indices = torch.zeros(n_rows, k, dtype=torch.int32, device=device)
     probabilities = torch.zeros(n_rows, k, device=device)
     remaining, weights = torch.zeros(n_rows, device=device), torch.zeros(n_rows, device=device)
-    starts, start = {}, 0
-    for layer, union in heads.items():
-        starts[layer] = start
-        start += len(samples) * len(union) * n_queries
     for i, (sample, selection, found) in enumerate(zip(samples, selections, rows, strict=True)):
         if found is None:
             continue
         count = len(sample.queries)
         first_rows, shares = [], []
         for layer, chosen in selection.items():
-            union = heads[layer]
-            for head in chosen:
-                first_rows.append(starts[layer] + (i * len(union) + union.index(head)) * n_queries)
-                shares.append(1 / (len(chosen) * count * len(selection) * len(samples)))
-        places = torch.tensor(first_rows)[:, None] + torch.arange(count)
-        places = places.flatten().to(device)
+            first_rows += [n_queries * places[layer, i, head] for head in chosen]
+            shares += [1 / (len(chosen) * count * len(selection) * len(samples))] * len(chosen)
+        target = torch.tensor(first_rows)[:, None] + torch.arange(count)
+        target = target.flatten().to(device)
         width = found.indices.shape[-1]
-        indices[places, :width] = found.indices.int()
-        probabilities[places, :width] = found.probabilities
-        remaining[places] = found.remaining
-        weights[places] = torch.tensor(shares).repeat_interleave(count).to(device)
-    layers = {}
-    for layer, union in heads.items():
-        shape = (len(samples), len(union), n_queries)
-        block = slice(starts[layer], starts[layer] + len(samples) * len(union) * n_queries)
-        layers[layer] = LayerTeacher(
-            TeacherRows(
-                indices[block].view(*shape, k), probabilities[block].view(*shape, k), remaining[block].view(shape)
-            ),
-            weights[block].view(shape),
-        )
+        indices[target, :width] = found.indices.int()
+        probabilities[target, :width] = found.probabilities
+        remaining[target] = found.remaining
+        weights[target] = torch.tensor(shares).repeat_interleave(count).to(device)
+    layers, start = {}, 0
+    for layer, own in _pairs(heads, pairs, len(samples), device).items():
+        shape = (1, len(pairs[layer]), n_queries)
+        block = slice(start, start + len(pairs[layer]) * n_queries)
+        start = block.stop
+        stored = indices[block].view(*shape, k), probabilities[block].view(*shape, k), remaining[block].view(shape)
+        layers[layer] = LayerTeacher(own, TeacherRows(*stored), weights[block].view(shape))
     return layers
+
+
+def _pairs(
+    heads: HeadSelection, pairs: dict[int, list[tuple[int, int]]], n_samples: int, device: torch.device
+) -> dict[int, HeadPairs]:
+    """Of all layers, moved to ``device`` at once."""
+    counts = {layer: [sum(i == sample for sample, _ in pairs[layer]) for i in range(n_samples)] for layer in heads}
+    numbers = [
+        (
+            [sample for sample, _ in pairs[layer]],
+            [head for _, head in pairs[layer]],
+            [heads[layer].index(head) for _, head in pairs[layer]],
+            [0, *accumulate(counts[layer])],
+        )
+        for layer in heads
+    ]
+    flat = torch.tensor([number for layer in numbers for part in layer for number in part]).to(device)
+    parts = iter(flat.split([len(part) for layer in numbers for part in layer]))
+    return {
+        layer: HeadPairs(next(parts), next(parts), next(parts), next(parts), tuple(counts[layer])) for layer in heads
+    }
 
 
 def _union(selections: Sequence[HeadSelection]) -> HeadSelection:

@@ -233,6 +233,6 @@ class Seekr(Replay):
 def _row_loss(batch: ReplayBatch) -> Any:
     def observe(layer: int, call: AttentionCall) -> Tensor:
         teacher = batch.layers[layer]
-        return call.row_kl(teacher.rows, teacher.weights)
+        return call.pair_kl(teacher.pairs, teacher.rows, teacher.weights)
 
     return observe
