@@ -354,6 +354,47 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+class _GroupedProducts(TorchFunctionMode):
+    """Products of tokens with their experts' weights, which torch has on the meta device for bfloat16 alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm"):
+            return _GroupedProduct.apply(*args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return input.new_empty(*input.shape[:-1], weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(
+            torch.empty_like(tensor) if needed else None
+            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        )
+
+
+class _MetaAutocast(torch.autocast):
+    """torch (2.13) knows no autocast of the meta device, which PEFT (0.21) switches off around experts' adapters."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """What models of experts need besides."""
+    known, torch.autocast = torch.autocast, _MetaAutocast  # type: ignore[misc]
+    try:
+        with _GroupedProducts():
+            yield
+    finally:
+        torch.autocast = known  # type: ignore[misc]
+
+
 _LOWERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -482,7 +523,7 @@ def _sample_bytes(model: Any, method: SeekrConfig, sample: ReplaySample, n_heads
 
 def _peak(model: nn.Module, step: Callable[[], object]) -> int:
     model.zero_grad()
-    with PeakMemory() as memory:
+    with PeakMemory() as memory, _on_meta():
         step()
     model.zero_grad()
     return memory.peak
@@ -612,7 +653,7 @@ def _evaluation(recipe: Recipe, model: Any, length: int) -> int:
     batch_size, new = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
     batch = _tokens(batch_size, length)
     # A task that has ended is part of the frozen sum.
-    with torch.no_grad(), _only_earlier(model), PeakMemory() as memory:
+    with torch.no_grad(), _only_earlier(model), PeakMemory() as memory, _on_meta():
         output = model(**batch, use_cache=True, logits_to_keep=1)
     layers = [(layer.keys.nbytes, layer.values.nbytes) for layer in output.past_key_values.layers]
     full = sum(map(sum, layers)) * (length + new) // length
