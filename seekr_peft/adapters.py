@@ -67,7 +67,7 @@ class AdapterStack:
 
     Raises:
         AdapterError: The model has no plain LoRA adapter, or one that cannot be summed exactly (DoRA, biases,
-            ``modules_to_save``, embeddings, an initialisation that changes the base weights).
+            ``modules_to_save``, embeddings, experts, an initialisation that changes the base weights).
     """
 
     def __init__(self, model: PeftModel, mode: Mode = "stack", rank_limit: RankLimit = "auto") -> None:
@@ -369,8 +369,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 def _checked_template(model: PeftModel) -> LoraConfig:
     """The configuration of the active adapter; every adapter of the model must be one that can be added up."""
-    for name in model.peft_config:
-        _check_summable(model, name)
+    check_summable(model)
     active = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
     template: Any = model.peft_config[active]
     for name, config in model.peft_config.items():
@@ -380,6 +379,12 @@ def _checked_template(model: PeftModel) -> LoraConfig:
                 f"{config.target_modules!r}), so they cannot become one; use one adapter, or equal target_modules."
             )
     return replace(copy.deepcopy(template), inference_mode=False)
+
+
+def check_summable(model: PeftModel) -> None:
+    """AdapterError for an adapter whose change is no plain B A of a linear layer."""
+    for name in model.peft_config:
+        _check_summable(model, name)
 
 
 def _check_summable(model: PeftModel, name: str) -> None:
@@ -409,6 +414,12 @@ def _check_summable(model: PeftModel, name: str) -> None:
         if len(layer.lora_embedding_A) or any(m.weight.dim() != 2 for m in layer.lora_A.values()):
             raise AdapterError(
                 f"adapter {name!r} sits on {path}, which is no linear layer; use target_modules='all-linear'."
+            )
+        # PEFT lays the factors of all experts into one A and one B, which do not add up by joining their ranks.
+        if getattr(layer, "num_experts", 1) > 1:
+            raise AdapterError(
+                f"adapter {name!r} sits on the experts of {path}, whose changes cannot be added up exactly; give "
+                f"target_modules of linear layers, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
             )
 
 

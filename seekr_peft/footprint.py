@@ -7,6 +7,7 @@ forward and backward runs there while the sizes are counted. May import ``recipe
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,15 +17,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
-from .adapters import resolved_rank_limit
+from .adapters import check_summable, resolved_rank_limit
 from .attention import AttentionCall, AttentionTap, TeacherRows, attention_modules, head_shape
 from .attention.rows import BROADEST, HeadPairs
 from .attention.support import EAGER
@@ -34,7 +35,7 @@ from .forward import evaluation_mode
 from .heads import HeadSelection
 from .memory import ReplaySample, choose_queries, estimate_bytes, replay_count
 from .methods import ContinualMethod, get_method
-from .modeling import CHECKPOINTING, compute_dtype, resolve_name
+from .modeling import CHECKPOINTING, add_adapter, compute_dtype, resolve_name
 from .peak_memory import PeakMemory
 from .recipe import DEMO, Recipe, task_order
 from .tasks import read_tasks
@@ -46,7 +47,16 @@ _BYTES_OF_4_BIT_BLOCK = 64
 _EARLIER = "earlier"
 """The frozen sum of the earlier tasks' adapters, which acts beside the task's own."""
 
-_OPTIMIZER_BYTES = {"8bit": 2, "adafactor": 0, "sgd": 0, "adam": 8}
+_OPTIMIZER_BYTES = {
+    "ademamix_8bit": 3,
+    "ademamix": 12,
+    **{f"{name}_8bit": 1 for name in ("lion", "rmsprop", "adagrad")},
+    **dict.fromkeys(("lion", "rmsprop", "adagrad"), 4),
+    "8bit": 2,
+    "adafactor": 0,
+    "sgd": 0,
+    "adam": 8,
+}
 """State bytes of an optimizer for one trained number, by what its name holds; the first match counts."""
 
 
@@ -94,7 +104,8 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
         answer_tokens: Answer tokens of a sample; None takes ``evaluation.max_new_tokens``.
 
     Raises:
-        ConfigError: The base model's configuration cannot be read.
+        ConfigError: The base model's configuration cannot be read, or its adapter does not fit.
+        AdapterError: The adapter is none that can be added up over the tasks.
         DataError: The samples had to be counted and a file is broken.
     """
     if n_train is None:
@@ -167,6 +178,8 @@ def first_knob(footprint: Footprint, recipe: Recipe) -> str:
 
 def render_footprint(recipe: Recipe, console: Console, memory: float | None = None) -> bool:
     """Print the footprint of ``recipe`` and whether it fits into ``memory`` GB (None: this machine's); True if so."""
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(f"--memory must be a number of GB above 0, got {memory}.")
     footprint = estimate_footprint(recipe)
     table = Table(title=f"{recipe.model.name_or_path}, {recipe.method_name}: GB at most", title_justify="left")
     table.add_column("part")
@@ -222,7 +235,11 @@ def _meta_model(recipe: Recipe, config: Any) -> Any:
     AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
+        try:
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
+        except ValueError as error:
+            detail = " ".join(str(error).split())
+            raise ConfigError(f"model.name_or_path: {recipe.model.name_or_path} cannot be made: {detail}") from error
         base.config.use_cache = False
         base.requires_grad_(False)
         if recipe.model.quantization != "none":
@@ -234,7 +251,8 @@ def _meta_model(recipe: Recipe, config: Any) -> Any:
         if any(recipe.training.get(name) for name in CHECKPOINTING):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.enable_input_require_grads()
-        model = get_peft_model(base, LoraConfig(**recipe.adapter.lora()))
+        model = add_adapter(base, recipe)
+        check_summable(model)
     _mimic_lora(recipe, model)
     return model
 
@@ -366,14 +384,18 @@ class _GroupedProducts(TorchFunctionMode):
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(input, weight)
+        # Each is kept for the other's gradient.
+        needs_input, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+        ctx.shapes = input.shape, weight.shape
         return input.new_empty(*input.shape[:-1], weight.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
         return tuple(
-            torch.empty_like(tensor) if needed else None
-            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+            gradient.new_empty(shape) if needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
         )
 
 
@@ -537,8 +559,18 @@ def _tokens(batch: int, length: int) -> dict[str, Tensor]:
 def _training(recipe: Recipe, model: Any, length: int) -> int:
     """Forward and backward on a batch of the new task."""
     batch = _tokens(int(recipe.training.get("per_device_train_batch_size", 8)), length)
+    smoothing = recipe.training.get("label_smoothing_factor")
     model.train()
-    return _peak(model, lambda: model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward())
+
+    def step() -> None:
+        if smoothing:
+            # As the Trainer does.
+            output = model(**batch, use_cache=False)
+            LabelSmoother(smoothing)(output, batch["input_ids"], shift_labels=True).backward()
+        else:
+            model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+
+    return _peak(model, step)
 
 
 def _replay(

@@ -9,6 +9,9 @@ ENTRY_POINT_GROUP = "seekr_peft.methods"
 
 OWN_METHODS = ("sequential", "replay", "replay_logits", "seekr", "lwf", "ewc", "olora", "multitask")
 
+ADAPTER_MODES = {"ewc": ("continue",), "olora": ("stack",)}
+"""Of those methods that do not work with every one: the class's ``adapter_modes``."""
+
 
 def method_names() -> list[str]:
     """The package's own methods, then those of other installed packages."""

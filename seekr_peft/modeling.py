@@ -43,11 +43,22 @@ def load_model(recipe: Recipe) -> tuple[PeftModel, Any]:
             use_gradient_checkpointing=any(recipe.training.get(name) for name in CHECKPOINTING),
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
+    return add_adapter(base, recipe), tokenizer
+
+
+def add_adapter(base: Any, recipe: Recipe) -> PeftModel:
+    """``base`` with the recipe's LoRA adapter.
+
+    Raises:
+        ConfigError: PEFT takes a setting, such as target_modules that the model does not have, for wrong.
+    """
     try:
-        return get_peft_model(base, LoraConfig(**recipe.adapter.lora())), tokenizer
-    except ValueError as error:
-        # Such as target_modules that the model does not have.
-        raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
+        return get_peft_model(base, LoraConfig(**recipe.adapter.lora()))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # What LoraConfig does not check itself fails in many ways.
+        raise ConfigError(f"adapter: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def base_fingerprint(model: PeftModel) -> str:

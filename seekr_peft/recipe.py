@@ -1,6 +1,7 @@
 """Recipes: a YAML file checked in full before anything is loaded, every problem at once. May import ``config``,
 ``library_settings``, ``tasks``, ``evaluation.general`` and ``errors``."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .config import SeekrConfig, unknown_key
 from .errors import ConfigError
 from .library_settings import Setting, lora_settings, training_choices, training_settings
-from .method_names import method_names
+from .method_names import ADAPTER_MODES, method_names
 
 if TYPE_CHECKING:
     from .evaluation.general import GeneralTest
@@ -24,6 +25,8 @@ DEMO = "demo"
 
 _NOT_SUMMABLE = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "bias", "lora_bias")
 Count = Annotated[int, Field(ge=1, strict=True)]
+# numpy takes 32 bits, and a task's index is added.
+Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 _SET_BY_THE_RUN = {
     "output_dir": "output_dir",
     "seed": "seed",
@@ -101,9 +104,9 @@ class TasksSection(_Section):
     """Task names in order of training; None takes the format's own order."""
     max_train: Count | None = None
     max_test: Count | None = None
-    epochs: list[Annotated[float, Field(gt=0)]] | None = None
+    epochs: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     """Epochs of each task in ``order``; None uses ``training.num_train_epochs`` for all."""
-    max_length: Annotated[int, Field(ge=4, strict=True)] = 512
+    max_length: Annotated[int, Field(ge=5, strict=True)] = 512
     """Tokens of prompt and answer together; longer prompts lose their middle."""
 
 
@@ -129,7 +132,7 @@ class CompareSection(_Section):
     variants: dict[str, dict[str, Any]] = {}
     """Label to the recipe keys in which that variant differs, dotted: ``{random heads: {method.head_choice: random}}``.
     Empty: the methods sequential, replay and seekr."""
-    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = [0, 1, 2]
+    seeds: list[Seed] = [0, 1, 2]
     orders: Count | list[list[str]] = 1
     """Orders of the tasks, or how many: the one of ``tasks.order``, then seeded shuffles of it."""
     runs_dir: str | None = None
@@ -149,7 +152,7 @@ class Recipe(_Section):
     training: dict[str, Any] = {}
     tasks: TasksSection
     evaluation: EvaluationSection = EvaluationSection()
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Seed = 0
     output_dir: str = "runs/run"
     compare: CompareSection = CompareSection()
 
@@ -339,6 +342,9 @@ def _method_problems(mapping: dict[str, Any]) -> list[str]:
     known = method_names()
     if method.get("name", None) not in known:
         problems.append(f"method.name must be one of {', '.join(known)}, got {method.get('name')!r}.")
+    mode, modes = mapping.get("adapter", {}).get("mode", "stack"), ADAPTER_MODES.get(str(method.get("name")))
+    if modes and mode not in modes:
+        problems.append(f"adapter.mode must be {' or '.join(modes)} for method {method['name']}, got {mode!r}.")
     try:
         SeekrConfig.from_mapping({key: value for key, value in method.items() if key != "name"})
     except ConfigError as error:
@@ -363,7 +369,7 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
             problems.append(f"training.{key} must be a whole number, got {value!r}.")
         elif type(fields[key].default) in (int, float) and not _is_number(value):
             problems.append(f"training.{key} must be a number, got {value!r}.")
-        elif type(fields[key].default) is bool and not isinstance(value, bool):
+        elif _is_switch(fields[key]) and not isinstance(value, bool):
             problems.append(f"training.{key} must be true or false, got {value!r}.")
         elif key in choices and value not in choices[key]:
             problems.append(f"training.{key} must be one of {', '.join(choices[key])}, got {value!r}.")
@@ -406,6 +412,10 @@ def _scheduler_problems(training: dict[str, Any]) -> list[str]:
 def _is_whole(field: Setting) -> bool:
     # warmup_steps has a whole default and takes shares too.
     return type(field.default) is int and "float" not in field.annotation
+
+
+def _is_switch(field: Setting) -> bool:
+    return field.annotation in ("bool", "bool | None")
 
 
 def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
@@ -543,4 +553,4 @@ def _copied(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -30,7 +30,7 @@ from rich.logging import RichHandler
 from transformers import TrainingArguments, set_seed
 
 from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, read_costs, seconds_into
-from .errors import ConfigError, RunError, RunInUseError
+from .errors import ConfigError, RunError, RunInUseError, SeekrError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room
 from .methods import ContinualMethod, get_method
@@ -43,6 +43,8 @@ from .report import read_run, write_report
 from .stages import Stage, joined, plan_stages
 from .tasks import Task, read_tasks
 from .trainer import ContinualTrainer
+
+logger = logging.getLogger("seekr_peft")
 
 TASKS_FILE = "tasks.json"
 GENERAL_FILE = "general.json"
@@ -59,7 +61,8 @@ _RENAMED = {
 _PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
-_BEFORE_TRAINING = {f".{RECIPE_FILE}.partial", RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE, GENERAL_FILE}
+_PARTIAL_RECIPE = f".{RECIPE_FILE}.partial"
+_BEFORE_TRAINING = {_PARTIAL_RECIPE, RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE, GENERAL_FILE}
 """All that a run has written when its first task begins."""
 
 
@@ -141,6 +144,12 @@ class _Run:
         epochs = self.recipe.tasks.epochs
         if epochs is not None and len(epochs) != len(tasks):
             raise ConfigError(f"tasks.epochs has {len(epochs)} numbers for {len(tasks)} tasks; give one for each.")
+        for place in range(len(tasks)):
+            self._training_arguments(place)
+        if self.recipe.training.get("fp16") and not torch.cuda.is_available():
+            logger.warning(
+                "training.fp16 has no effect without a GPU: the model trains in float32; bf16 would have one."
+            )
         set_seed(self.recipe.seed)
         model, tokenizer = load_model(self.recipe)
         trained = _trained_tasks(self.directory)
@@ -203,14 +212,7 @@ class _Run:
         dataset, arguments = self._training_data(tasks, index)
         cost = TaskCost(name)
         with seconds_into(cost, "other_seconds"), method.task(name, replay_from=dataset):
-            trainer = ContinualTrainer(
-                model=method.model,
-                method=method,
-                args=arguments,
-                train_dataset=dataset,
-                callbacks=[reporter, meter],
-            )
-            _remove_printers(trainer)
+            trainer = _trainer(method, arguments, dataset, [reporter, meter])
             try:
                 with seconds_into(cost, "train_seconds"):
                     trainer.train()
@@ -252,12 +254,16 @@ class _Run:
                 settings.setdefault(new, value)
         if epochs is not None:
             settings["num_train_epochs"] = epochs[index]
-        return TrainingArguments(
-            output_dir=str(self.directory),
-            seed=self.recipe.seed + index,
-            use_cpu=not torch.cuda.is_available(),
-            **settings,
-        )
+        try:
+            return TrainingArguments(
+                output_dir=str(self.directory),
+                seed=self.recipe.seed + index,
+                use_cpu=not torch.cuda.is_available(),
+                **settings,
+            )
+        except Exception as error:
+            # Settings that exclude each other, values out of range, packages that are not installed.
+            raise ConfigError(f"training: {' '.join(str(error).split())}") from error
 
     def _evaluate(self, model: Any, tokenizer: Any, seen: list[Task], max_length: int, matrix: AccuracyMatrix) -> None:
         after = seen[-1].name
@@ -436,7 +442,8 @@ def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise RunError(f"output_dir {directory} is a file; choose another folder.")
     if not resume:
-        if {RECIPE_FILE, ENVIRONMENT_FILE} <= {entry.name for entry in entries} <= _BEFORE_TRAINING:
+        names = {entry.name for entry in entries}
+        if names <= {_PARTIAL_RECIPE} or {RECIPE_FILE, ENVIRONMENT_FILE} <= names <= _BEFORE_TRAINING:
             # A run that ended before its first task was trained; anything else may be somebody's own files.
             return
         if path.is_file():
@@ -488,7 +495,6 @@ def _locked(directory: Path) -> Any:
 @contextmanager
 def _logging_to(console: Console) -> Any:
     """Show the package's warnings on the console (above the bar) for as long as the run lasts."""
-    logger = logging.getLogger("seekr_peft")
     handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
@@ -500,7 +506,11 @@ def _logging_to(console: Console) -> Any:
 
 
 def _finished_tasks(directory: Path) -> int:
-    return int(_read_json(directory / STATE_FILE).get("finished_tasks", 0))
+    path = directory / STATE_FILE
+    finished = _read_json(path).get("finished_tasks", 0)
+    if not isinstance(finished, int):
+        raise RunError(f"{path} is broken (finished_tasks is {finished!r}); start the run again in another output_dir.")
+    return finished
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -515,7 +525,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _trained_tasks(directory: Path) -> int:
-    if not (directory / METHOD_STATE_FILE).is_file():
+    path = directory / METHOD_STATE_FILE
+    if not path.is_file():
+        if finished := _finished_tasks(directory):
+            raise RunError(
+                f"{path} is missing, though {finished} tasks of this run are finished; restore it, or start again in "
+                f"another output_dir."
+            )
         shutil.rmtree(directory / "tasks", ignore_errors=True)
         return 0
     return len(read_method_state(directory)["tasks"])
@@ -534,10 +550,25 @@ def _cut_metrics(path: Path, trained: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         # A kill may have left half a last line.
-        with suppress(ValueError):
+        with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["task_index"] < trained:
                 kept.append(line)
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _trainer(method: ContinualMethod, arguments: TrainingArguments, dataset: Any, callbacks: list[Any]) -> Any:
+    """A trainer with its optimizer, since some settings are only checked when that is made."""
+    try:
+        trainer = ContinualTrainer(
+            model=method.model, method=method, args=arguments, train_dataset=dataset, callbacks=callbacks
+        )
+        trainer.create_optimizer()
+    except (SeekrError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+    _remove_printers(trainer)
+    return trainer
 
 
 def _remove_printers(trainer: Any) -> None:

@@ -378,3 +378,8 @@ def test_a_baseline_changes_the_model() -> None:
     before = logits_of(method.model)
     do_task(method, "first", FIRST)
     assert not torch.equal(logits_of(method.model), before)
+
+
+def test_the_adapter_modes_that_a_recipe_is_checked_against_are_the_methods_own() -> None:
+    own = {name: get_method(name).adapter_modes for name in names_module.OWN_METHODS}
+    assert {name: modes for name, modes in own.items() if len(modes) < 2} == names_module.ADAPTER_MODES

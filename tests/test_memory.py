@@ -173,8 +173,18 @@ def test_any_function_may_choose_the_samples() -> None:
     ("dataset", "message"),
     [
         ([], "replay_from is empty"),
+        (iter([]), "replay_from is a list_iterator, of which no samples can be drawn"),
+        ([3, 4], "sample 0 of replay_from is a int; it must be a mapping"),
         ([{"prompt": "a", "answer": "b"}], r"has no 'input_ids' \(it has answer, prompt\)"),
         ([{"input_ids": [1, 2]}], "has no 'labels'"),
+        (
+            [{"input_ids": [1, 2], "labels": [-100, 2, 3]}],
+            "sample 0 of replay_from has 2 input_ids and 3 labels; give one",
+        ),
+        (
+            [{"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1]}],
+            "sample 0 of replay_from has 2 input_ids and 1 attention_mask; give one for each token",
+        ),
         ([{"input_ids": [1, 2, 3], "labels": [-100] * 3}], "sample 0 of replay_from has no answer token"),
         ([{"input_ids": [1, 2, 3], "labels": [1, -100, -100]}], "has no answer token"),
     ],
@@ -356,6 +366,10 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, name: str, kept: float)
         ({"task": ...}, "memory.json has no 'task'"),
         ({"n_samples": ...}, "memory.json has no 'n_samples'"),
         ({"n_samples": 9}, "memory.safetensors holds 4 samples but memory.json says 9"),
+        ({"teacher": None}, "memory.json has no 'teacher'"),
+        ({"teacher": {}}, "memory.json has no 'teacher'"),
+        ({"selection": "x"}, "memory.json: selection is 'x', no heads by layer"),
+        ({"selection": {"0": [-1]}}, "memory.json: selection is {'0': .*no heads by layer"),
         ({"selection": {"1": [0]}}, r"memory.safetensors holds \d+ attention rows but the selection .* asks for \d+"),
     ],
 )
@@ -365,6 +379,29 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, change: dict, mes
     header = {key: value for key, value in {**json.loads(path.read_text()), **change}.items() if value is not ...}
     path.write_text(json.dumps(header))
     with pytest.raises(MemoryFormatError, match=message):
+        TaskMemory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("token_offsets", lambda offsets: offsets * 100),
+        ("query_offsets", lambda offsets: offsets - 1),
+        ("answer_offsets", lambda offsets: offsets[:-1]),
+        ("rows.gap_offsets", lambda offsets: offsets.flip(0)),
+        ("logits.value_offsets", lambda offsets: offsets[[0, 2, 1, 3, 4]]),
+        ("labels", lambda labels: labels[:-1]),
+        ("rows.values", lambda values: values[:-1]),
+        ("logits.sizes", lambda sizes: sizes[:-1]),
+    ],
+)
+def test_numbers_that_do_not_fit_their_offsets_are_refused(tmp_path: Path, name: str, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write(tmp_path)
+    tensors = load_file(tmp_path / "memory.safetensors")
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, tmp_path / "memory.safetensors")
+    with pytest.raises(MemoryFormatError, match=r"memory\.safetensors is damaged \(.* do not divide the \d+ numbers"):
         TaskMemory(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import subprocess
 import sys
@@ -135,6 +136,25 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
         ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs must be a number above 0, got 0."),
         ({"training": {"warmup_steps": "some"}}, "training.warmup_steps must be a number, got 'some'."),
         ({"training": {"bf16": "often"}}, "training.bf16 must be true or false, got 'often'."),
+        (
+            {"training": {"gradient_checkpointing": "no"}},
+            "training.gradient_checkpointing must be true or false, got 'no'.",
+        ),
+        (
+            {"training": {"learning_rate": math.inf}},
+            "training.learning_rate must be a number above 0, got inf.",
+        ),
+        ({"adapter": {"lora_alpha": math.nan}}, "adapter.lora_alpha must be a number of at least 1, got nan."),
+        (
+            {"tasks": {"format": "demo", "epochs": [1, 1, 1, math.inf]}},
+            "tasks.epochs.3: input should be a finite number, got inf.",
+        ),
+        ({"seed": 2**31}, "seed: input should be less than 2147483648, got 2147483648."),
+        ({"method": {"name": "ewc"}}, "adapter.mode must be continue for method ewc, got 'stack'."),
+        (
+            {"method": {"name": "olora"}, "adapter": {"mode": "continue"}},
+            "adapter.mode must be stack for method olora, got 'continue'.",
+        ),
         ({"adapter": {"r": 0}}, "adapter.r must be a whole number of at least 1, got 0."),
         ({"training": {"max_steps": 2.5}}, "training.max_steps must be a whole number, got 2.5."),
         ({"training": {"logging_steps": 0}}, "training.logging_steps must be a number above 0, got 0."),
@@ -156,7 +176,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
         ),
         (
             {"tasks": {"format": "demo", "max_length": 2}},
-            "tasks.max_length: input should be greater than or equal to 4, got 2.",
+            "tasks.max_length: input should be greater than or equal to 5, got 2.",
         ),
         ({"tasks": {}}, "tasks.format is missing; add it to the recipe."),
         (

@@ -351,6 +351,11 @@ def test_a_run_that_failed_before_its_first_task_may_be_started_again(tmp_path: 
     assert run(small_recipe(tmp_path / "run", n_tasks=1)).matrix.op() >= 0
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_recipe_may_be_started_again(tmp_path: Path, no_report: None) -> None:
+    (tmp_path / ".recipe.yaml.partial").write_text("model: {na")
+    assert run(small_recipe(tmp_path, n_tasks=1)).matrix.op() >= 0
+
+
 def test_a_folder_with_somebodys_own_recipe_and_files_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     (folder / "tasks").mkdir(parents=True)
@@ -613,6 +618,75 @@ def test_a_run_without_its_state_is_not_scored_anew(tmp_path: Path, no_report: N
     (tmp_path / "run" / "state.json").unlink()
     with pytest.raises(RunError, match="has 2 trained tasks of which 0 are evaluated"):
         run(small_recipe(tmp_path / "run", n_tasks=2), resume=True)
+
+
+def test_finished_tasks_are_never_thrown_away(tmp_path: Path, no_report: None) -> None:
+    """Without method.json nothing says which tasks were trained: state.json says that some were."""
+    recipe, path = small_recipe(tmp_path / "run", n_tasks=2), tmp_path / "run" / "method.json"
+    run(recipe)
+    state = read_json(tmp_path / "run" / "state.json")
+    (tmp_path / "run" / "state.json").write_text(json.dumps({**state, "status": "running"}))
+    whole = path.read_text()
+    path.unlink()
+    for resume in (True, "auto"):
+        with pytest.raises(RunError, match=r"method\.json is missing, though 2 tasks of this run are finished"):
+            run(recipe, resume=resume)
+    assert len(list((tmp_path / "run" / "tasks").iterdir())) == 2
+    for broken in ("{}", "[]", '{"tasks": 2}'):
+        path.write_text(broken)
+        with pytest.raises(RunError, match=r"method\.json is broken \(it lists no tasks\)"):
+            run(recipe, resume=True)
+    path.write_text(whole)
+    (tmp_path / "run" / "state.json").write_text(json.dumps({**state, "status": "running", "finished_tasks": "x"}))
+    with pytest.raises(RunError, match=r"state\.json is broken \(finished_tasks is 'x'\)"):
+        run(recipe, resume=True)
+
+
+def test_lines_of_the_metrics_that_are_no_record_are_dropped(
+    tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stopped_after_one_task(tmp_path / "run", monkeypatch)
+    with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{}\n[]\n{"task_index": 0, "st')
+    assert run(recipe, resume=True).matrix.op() >= 0
+    assert all("task_index" in line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"bf16": True, "fp16": True}, "bf16"),
+        ({"warmup_steps": -3}, "warmup_steps"),
+        ({"accelerator_config": "nowhere.json"}, r"nowhere\.json"),
+    ],
+)
+def test_training_settings_that_exclude_each_other_are_told_before_the_model_is_loaded(
+    tmp_path: Path, training: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seekr_peft.run.load_model", lambda recipe: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match=rf"^training: .*{message}") as caught:
+        run(small_recipe(tmp_path / "run", training=training))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [({"adam_beta1": 7.0}, "Invalid beta"), ({"report_to": ["foo"]}, "foo"), ({"optim_args": "foo"}, "unpack")],
+)
+def test_training_settings_that_only_the_trainer_checks_are_one_sentence(
+    tmp_path: Path, training: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^training: .*{message}") as caught:
+        run(small_recipe(tmp_path / "run", training=training))
+    assert "\n" not in str(caught.value)
+
+
+def test_half_precision_that_a_cpu_does_not_have_is_told(tmp_path: Path, no_report: None) -> None:
+    file = io.StringIO()
+    recipe = small_recipe(tmp_path / "run", n_tasks=1)
+    recipe["training"] |= {"fp16": True}
+    run_recipe(recipe, console=Console(file=file, width=200))
+    assert "training.fp16 has no effect without a GPU" in file.getvalue()
 
 
 def test_resume_auto_goes_on_where_there_is_something_to_go_on_with(

@@ -57,6 +57,14 @@ def tiny_mistral(attention: str = "sdpa", **changes: Any) -> nn.Module:
     return _build(MistralForCausalLM, config, attention)
 
 
+def tiny_mixtral(attention: str = "sdpa", **changes: Any) -> nn.Module:
+    """Two of four experts for each token; widths of which torch's product of experts takes no others."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {**_SIZES, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, **changes}
+    return _build(MixtralForCausalLM, MixtralConfig(**sizes), attention)
+
+
 def tiny_gpt2(attention: str = "sdpa", **changes: Any) -> nn.Module:
     """One key head per query head, learnt positions."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -5,7 +5,7 @@ May import ``config`` and ``errors``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,11 @@ def choose_samples(
     Raises:
         DataError: The set is empty, is not tokenised, or a chosen sample has no answer token.
     """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(
+            f"replay_from is a {type(dataset).__name__}, of which no samples can be drawn; pass a list or a Dataset of "
+            f"mappings with input_ids and labels."
+        )
     if len(dataset) == 0:
         raise DataError("replay_from is empty; a task needs at least one training sample.")
     count = replay_count(len(dataset), replay_ratio)
@@ -98,6 +103,10 @@ def choose_samples(
 
 
 def _sample(item: Any, index: int, query_budget: int | None, seed: int, query_choice: QueryChoice) -> ReplaySample:
+    if not isinstance(item, Mapping):
+        raise DataError(
+            f"sample {index} of replay_from is a {type(item).__name__}; it must be a mapping with input_ids and labels."
+        )
     for key in ("input_ids", "labels"):
         if key not in item:
             raise DataError(
@@ -105,6 +114,12 @@ def _sample(item: Any, index: int, query_budget: int | None, seed: int, query_ch
                 f"first: task.tokenized(tokenizer)."
             )
     input_ids, labels = torch.as_tensor(item["input_ids"]), torch.as_tensor(item["labels"])
+    for key in ("labels", "attention_mask"):
+        if key in item and len(item[key]) != len(input_ids):
+            raise DataError(
+                f"sample {index} of replay_from has {len(input_ids)} input_ids and {len(item[key])} {key}; give "
+                f"one for each token."
+            )
     if "attention_mask" in item:
         real = torch.as_tensor(item["attention_mask"]).bool()
         input_ids, labels = input_ids[real], labels[real]

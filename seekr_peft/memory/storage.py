@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ FORMAT = 3
 WEIGHTS_FILE = "memory.safetensors"
 HEADER_FILE = "memory.json"
 _PARTS = ("sizes", "remaining", "gaps", "values", "gap_offsets", "value_offsets")
+_OFFSETS = {
+    "token_offsets": ("input_ids", "labels"),
+    "query_offsets": ("queries",),
+    "answer_offsets": ("logits.sizes", "logits.remaining"),
+    **{f"{kind}.{part}_offsets": (f"{kind}.{part}s",) for kind in ("rows", "logits") for part in ("gap", "value")},
+}
+"""What each offsets cut apart."""
 GAP_DTYPES = {"rows": torch.uint8, "logits": torch.int16}
 """Keys lie close together, tokens of a vocabulary do not."""
 
@@ -130,8 +138,7 @@ class TaskMemory:
         self.header = _read_header(self.directory / HEADER_FILE)
         self.name: str = self.header["task"]
         self.n_samples: int = self.header["n_samples"]
-        selection = self.header.get("selection")
-        self.selection = HeadSelection.from_json(selection) if selection else HeadSelection({})
+        self.selection = _read_selection(self.directory / HEADER_FILE, self.header.get("selection"))
         path = self.directory / WEIGHTS_FILE
         try:
             self._file: Any = safe_open(path, framework="pt")
@@ -236,14 +243,30 @@ class TaskMemory:
                 f"{path} holds {found} samples but {HEADER_FILE} says {self.n_samples}; the two files do not belong "
                 f"together, run that task again."
             )
+        for offsets, described in _OFFSETS.items():
+            for name in described:
+                if name in self._names:
+                    self._check_offsets(path, offsets, name)
         if self.selection:
-            n_rows = self._file.get_slice("rows.sizes").get_shape()[0]
+            n_rows = self._length("rows.sizes")
             wanted_rows = self._offsets["query_offsets"][-1] * self.selection.n_heads
             if n_rows != wanted_rows:
                 raise MemoryFormatError(
                     f"{path} holds {n_rows} attention rows but the selection in {HEADER_FILE} asks for {wanted_rows}; "
                     f"the two files do not belong together, run that task again."
                 )
+
+    def _check_offsets(self, path: Path, offsets: str, name: str) -> None:
+        bounds, length = self._offsets[offsets], self._length(name)
+        rises = all(before <= after for before, after in pairwise(bounds))
+        if len(bounds) != self.n_samples + 1 or bounds[0] != 0 or bounds[-1] != length or not rises:
+            raise MemoryFormatError(
+                f"{path} is damaged ({offsets!r} do not divide the {length} numbers of {name!r} among "
+                f"{self.n_samples} samples); run that task again."
+            )
+
+    def _length(self, name: str) -> int:
+        return int(self._file.get_slice(name).get_shape()[0])
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -341,7 +364,18 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise MemoryFormatError(
             f"{path} has format {found!r}, this version reads format {FORMAT}; run that task again."
         )
-    missing = [key for key in ("task", "n_samples", "teacher") if key not in header]
-    if missing:
-        raise MemoryFormatError(f"{path} has no {missing[0]!r}; it is no replay memory's header, run that task again.")
+    wanted: dict[str, type] = {"task": str, "n_samples": int, "teacher": dict}
+    missing = [key for key, kind in wanted.items() if not isinstance(header.get(key), kind)]
+    if missing or set(header["teacher"]) != {field.name for field in fields(TeacherQuality)}:
+        name = missing[0] if missing else "teacher"
+        raise MemoryFormatError(f"{path} has no {name!r}; it is no replay memory's header, run that task again.")
     return header
+
+
+def _read_selection(path: Path, selection: Any) -> HeadSelection:
+    try:
+        return HeadSelection.from_json(selection or {})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise MemoryFormatError(
+            f"{path}: selection is {selection!r}, no heads by layer; run that task again."
+        ) from error

@@ -316,6 +316,9 @@ def read_method_state(directory: Path) -> dict[str, Any]:
     """Read ``method.json``; RunError when it is missing or broken."""
     path = directory / STATE_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}); save_pretrained writes it.") from error
+    if not isinstance(state, dict) or not isinstance(state.get("tasks"), list):
+        raise RunError(f"{path} is broken (it lists no tasks); restore it, or start again in another directory.")
+    return state
