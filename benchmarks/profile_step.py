@@ -1,6 +1,6 @@
 """Where the time of one replay step goes, and the floor: operations and bytes that it cannot do without.
 
-python -m benchmarks.profile_step [--length 1024] [--threads 1 | --device cuda]
+python -m benchmarks.profile_step [--length 1024] [--samples 1] [--threads 1 | --device cuda]
 
 On a CPU each part is timed where it runs. A GPU works apart from the host that starts its kernels, so there the wall
 time, the GPU's own time and the number of kernels are told.
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from benchmarks.replay_step import (
     QUERIES,
     SMALL,
-    StoredSample,
+    StoredSamples,
     build_model,
+    drawn_heads,
     make_sample,
     measure,
     replay_with_logits,
@@ -39,17 +40,18 @@ from seekr_peft.forward import answer_logits
 BASE = "replay + logits"
 
 
-def seconds_by_part(length: int, repeats: int) -> dict[str, float]:
+def seconds_by_part(length: int, repeats: int, n_samples: int = 1) -> dict[str, float]:
     """Medians of the step without attention, and of the parts that attention distillation adds to it, each timed where
     it runs, with caches as cold as in a training."""
     model = build_model(length, "sdpa", "cpu")
     with TemporaryDirectory() as folder:
-        stored = StoredSample(folder, model, make_sample(length), selected_heads(), "cpu")
+        tasks = [selected_heads()] if n_samples == 1 else drawn_heads(n_samples)
+        stored = StoredSamples(folder, model, make_sample(length), tasks, "cpu")
         rounds = [_one_round(model, stored) for _ in range(repeats + 1)][1:]
     return {part: statistics.median(seconds[part] for seconds in rounds) for part in rounds[0]}
 
 
-def _one_round(model: nn.Module, stored: StoredSample) -> dict[str, float]:
+def _one_round(model: nn.Module, stored: StoredSamples) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
 
     def timed(part: str, work: Callable[[], Any]) -> Any:
@@ -120,6 +122,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=1, help="of as many tasks, each with heads of its own (CPU)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=25)
@@ -128,6 +131,7 @@ def main() -> None:
     console = Console(width=110)
     base, capture = print_parts(console, options) if options.device == "cpu" else print_device(console, options)
     needed, (operations, bandwidth) = floor(options.length), machine_speed(options.device)
+    needed = {name: options.samples * amount for name, amount in needed.items()}
     floor_step = needed["step_operations"] / operations
     floor_capture = max(needed["capture_operations"] / operations, needed["capture_bytes"] / bandwidth)
     console.print(
@@ -141,8 +145,9 @@ def main() -> None:
 
 def print_parts(console: Console, options: argparse.Namespace) -> tuple[float, float]:
     """Seconds of the step without attention and of what attention distillation adds, part by part."""
-    parts = seconds_by_part(options.length, options.repeats)
-    table = Table(title=f"One replay step, T = {options.length}, {options.threads} thread(s)", title_justify="left")
+    parts = seconds_by_part(options.length, options.repeats, options.samples)
+    title = f"One replay step, {options.samples} x {options.length} tokens, {options.threads} thread(s)"
+    table = Table(title=title, title_justify="left")
     for heading in ("part", "ms", "share of the step without"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     base, capture = parts[BASE], sum(seconds for part, seconds in parts.items() if part != BASE)

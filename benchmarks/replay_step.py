@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,21 +98,32 @@ def make_sample(length: int) -> ReplaySample:
     return ReplaySample(input_ids, labels, draw_queries(length, QUERIES, seed=0))
 
 
-class StoredSample:
-    """A taught sample in two replay memories below ``folder``, with attention rows and without."""
+class StoredSamples:
+    """The same taught sample once for each of ``tasks``, which are the heads that a task selected, in two replay
+    memories below ``folder``: with attention rows and without."""
 
-    def __init__(self, folder: str, model: nn.Module, sample: ReplaySample, heads: HeadSelection, device: str) -> None:
+    def __init__(
+        self, folder: str, model: nn.Module, sample: ReplaySample, tasks: Sequence[HeadSelection], device: str
+    ) -> None:
         self.device = torch.device(device)
         self.memories = {
-            kind: TaskMemory.write(Path(folder) / kind, kind, [sample], _teach(model, sample, chosen), chosen)
-            for kind, chosen in (("rows", heads), ("logits", HeadSelection({})))
+            kind: ReplayMemory(
+                [
+                    TaskMemory.write(
+                        Path(folder) / f"{kind}{number}", kind, [sample], _teach(model, sample, chosen), chosen
+                    )
+                    for number, chosen in enumerate(selections)
+                ]
+            )
+            for kind, selections in (("rows", tasks), ("logits", [HeadSelection({})] * len(tasks)))
         }
-        self.bytes = self.memories["rows"].bytes
-        self.bytes_dense = 4 * (heads.n_heads * len(sample.queries) * len(sample.input_ids) + ANSWER_TOKENS * 4096)
+        self.bytes = self.memories["rows"].tasks[0].bytes
+        self.bytes_dense = 4 * (tasks[0].n_heads * len(sample.queries) * len(sample.input_ids) + ANSWER_TOKENS * 4096)
 
     def batch(self, kind: str) -> ReplayBatch:
         """Read as a training step does; ``kind``: rows (and logits), or logits."""
-        return ReplayMemory([self.memories[kind]]).batch([(0, 0)], device=self.device)
+        memory = self.memories[kind]
+        return memory.batch([(task, 0) for task in range(len(memory.tasks))], device=self.device)
 
 
 def _teach(model: nn.Module, sample: ReplaySample, heads: HeadSelection) -> list[PackedSignals]:
@@ -168,7 +179,7 @@ def measure(length: int, repeats: int, device: str) -> Row:
     """Time and peak memory of each variant's forward and backward at one length, batch 1."""
     sdpa, eager = build_model(length, "sdpa", device), build_model(length, "eager", device)
     with TemporaryDirectory() as folder:
-        stored = StoredSample(folder, sdpa, make_sample(length), selected_heads(), device)
+        stored = StoredSamples(folder, sdpa, make_sample(length), [selected_heads()], device)
         variants: dict[str, Callable[[], object]] = {
             **steps(sdpa, stored),
             "eager attention": lambda: with_eager_attention(eager, stored.batch("rows")).backward(),
@@ -186,7 +197,7 @@ def measure(length: int, repeats: int, device: str) -> Row:
         )
 
 
-def steps(model: nn.Module, stored: StoredSample) -> dict[str, Callable[[], object]]:
+def steps(model: nn.Module, stored: StoredSamples) -> dict[str, Callable[[], object]]:
     """The step without attention distillation and with it."""
     return {
         "replay + logits": lambda: replay_with_logits(model, stored.batch("logits")).backward(),
@@ -201,7 +212,7 @@ def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, thr
     try:
         model = build_model(length, "sdpa", device, shape)
         with TemporaryDirectory() as folder:
-            stored = StoredSample(folder, model, make_sample(length), selected_heads(shape), device)
+            stored = StoredSamples(folder, model, make_sample(length), [selected_heads(shape)], device)
             seconds = median_seconds(steps(model, stored), repeats, device)
         return seconds["with attention"] / seconds["replay + logits"]
     finally:
@@ -211,38 +222,32 @@ def time_ratio(length: int, repeats: int, device: str, shape: Shape = SMALL, thr
 def mixed_batch(length: int, repeats: int, device: str, n_tasks: int = 8) -> dict[str, float]:
     """Time and peak memory with attention over those without, of a batch of one sample of each of ``n_tasks`` tasks,
     every one of which has drawn its heads by itself."""
-    model, sample = build_model(length, "sdpa", device), make_sample(length)
-    generator = torch.Generator().manual_seed(0)
+    model = build_model(length, "sdpa", device)
     with TemporaryDirectory() as folder:
-        stored = [
-            StoredSample(f"{folder}/{task}", model, sample, _drawn_heads(generator), device) for task in range(n_tasks)
-        ]
-
-        def batch(kind: str) -> ReplayBatch:
-            memory = ReplayMemory([one.memories[kind] for one in stored])
-            return memory.batch([(task, 0) for task in range(n_tasks)], device=torch.device(device))
-
-        variants: dict[str, Callable[[], object]] = {
-            "without": lambda: replay_with_logits(model, batch("logits")).backward(),
-            "with": lambda: with_attention(model, batch("rows")),
-        }
+        variants = steps(model, StoredSamples(folder, model, make_sample(length), drawn_heads(n_tasks), device))
         peaks, seconds = peak_bytes(variants, device), median_seconds(variants, repeats, device)
-    return {"time": seconds["with"] / seconds["without"], "peak": peaks["with"] / peaks["without"]}
+    return {
+        "time": seconds["with attention"] / seconds["replay + logits"],
+        "peak": peaks["with attention"] / peaks["replay + logits"],
+    }
 
 
-def _drawn_heads(generator: torch.Generator, shape: Shape = SMALL) -> HeadSelection:
-    """As many as ``selected_heads``, anywhere in as many layers."""
-    layers = torch.randperm(shape.layers, generator=generator)[: round(0.75 * shape.layers)].tolist()
-    places = torch.randperm(len(layers) * shape.heads, generator=generator)[: selected_heads(shape).n_heads].tolist()
-    chosen = [divmod(place, shape.heads) for place in places]
-    return HeadSelection({layer: [head for i, head in chosen if i == at] for at, layer in enumerate(layers)})
+def drawn_heads(n_tasks: int, shape: Shape = SMALL) -> list[HeadSelection]:
+    """For each task as many as ``selected_heads``, anywhere in as many layers."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(n_tasks):
+        layers = torch.randperm(shape.layers, generator=generator)[: round(0.75 * shape.layers)].tolist()
+        places = torch.randperm(len(layers) * shape.heads, generator=generator)[: selected_heads(shape).n_heads]
+        chosen = [divmod(place, shape.heads) for place in places.tolist()]
+        found.append(HeadSelection({layer: [head for i, head in chosen if i == at] for at, layer in enumerate(layers)}))
+    return found
 
 
 def extra_peak(length: int, device: str) -> int:
     """Peak bytes that the capture adds to a replay step's forward and backward, apart from its peak elsewhere."""
     model = build_model(length, "sdpa", device)
     with TemporaryDirectory() as folder:
-        batch = StoredSample(folder, model, make_sample(length), selected_heads(), device).batch("rows")
+        batch = StoredSamples(folder, model, make_sample(length), [selected_heads()], device).batch("rows")
     teacher = batch.layers
     calls: dict[int, Any] = {}
 
