@@ -415,10 +415,11 @@ def _check_summable(model: PeftModel, name: str) -> None:
             raise AdapterError(
                 f"adapter {name!r} sits on {path}, which is no linear layer; use target_modules='all-linear'."
             )
-        # PEFT lays the factors of all experts into one A and one B, which do not add up by joining their ranks.
-        if getattr(layer, "num_experts", 1) > 1:
+        # PEFT wraps parameters of a router or of experts, whose factors lie in one A and one B and do not add up by
+        # joining their ranks.
+        if hasattr(layer, "num_experts"):
             raise AdapterError(
-                f"adapter {name!r} sits on the experts of {path}, whose changes cannot be added up exactly; give "
+                f"adapter {name!r} sits on the experts or their router, {path}, which cannot be added up exactly; give "
                 f"target_modules of linear layers, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
             )
 

@@ -399,24 +399,6 @@ class _GroupedProduct(torch.autograd.Function):
         )
 
 
-class _MetaAutocast(torch.autocast):
-    """torch (2.13) knows no autocast of the meta device, which PEFT (0.21) switches off around experts' adapters."""
-
-    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
-
-
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """What models of experts need besides."""
-    known, torch.autocast = torch.autocast, _MetaAutocast  # type: ignore[misc]
-    try:
-        with _GroupedProducts():
-            yield
-    finally:
-        torch.autocast = known  # type: ignore[misc]
-
-
 _LOWERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -545,7 +527,7 @@ def _sample_bytes(model: Any, method: SeekrConfig, sample: ReplaySample, n_heads
 
 def _peak(model: nn.Module, step: Callable[[], object]) -> int:
     model.zero_grad()
-    with PeakMemory() as memory, _on_meta():
+    with PeakMemory() as memory, _GroupedProducts():
         step()
     model.zero_grad()
     return memory.peak
@@ -685,7 +667,7 @@ def _evaluation(recipe: Recipe, model: Any, length: int) -> int:
     batch_size, new = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
     batch = _tokens(batch_size, length)
     # A task that has ended is part of the frozen sum.
-    with torch.no_grad(), _only_earlier(model), PeakMemory() as memory, _on_meta():
+    with torch.no_grad(), _only_earlier(model), PeakMemory() as memory, _GroupedProducts():
         output = model(**batch, use_cache=True, logits_to_keep=1)
     layers = [(layer.keys.nbytes, layer.values.nbytes) for layer in output.past_key_values.layers]
     full = sum(map(sum, layers)) * (length + new) // length
