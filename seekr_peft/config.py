@@ -92,8 +92,9 @@ class SeekrConfig:
     """Replay samples in one replay batch."""
 
     row_top_k: int = 32
-    """Entries stored per attention row, on average over a replay sample's rows: sharp rows leave theirs to broad ones.
-    The rest of a row is stored as one remaining mass. Nothing is left out when it covers every key."""
+    """Entries stored per attention row, at most and on average over a replay sample's rows: those that tell most of
+    all rows together, so that sharp rows leave theirs to broad ones. The rest of a row is stored as one remaining
+    mass. Nothing is left out when it covers every key."""
 
     logit_top_k: int = 1024
     """Entries stored per teacher distribution over the vocabulary, on average over a replay sample's answer tokens,
@@ -101,8 +102,8 @@ class SeekrConfig:
     covers the vocabulary."""
 
     kept_mass: float = 0.995
-    """Share of an attention row's or answer distribution's mass beyond which no more of its entries are stored, in
-    (0, 1]."""
+    """Share of each attention row's and answer distribution's mass that is enough, in (0, 1]: where ``row_top_k`` or
+    ``logit_top_k`` allow more entries than hold it, no more are stored."""
 
     storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
     """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact."""

@@ -31,8 +31,8 @@ class TeacherDistributions:
 
     @classmethod
     def from_logits(cls, logits: Tensor, top_k: int, kept_mass: float = 1.0) -> TeacherDistributions:
-        """The largest probabilities of ``logits`` (n_answer, vocabulary): ``top_k`` a position on average, and no more
-        than hold ``kept_mass``; exact when ``top_k`` covers the vocabulary."""
+        """The largest probabilities of ``logits`` (n_answer, vocabulary), as few as hold ``kept_mass`` of each position
+        or, where that is more, ``top_k`` a position on average; exact when ``top_k`` covers the vocabulary."""
         return cls(**vars(sparse_rows({0: logits.double().softmax(dim=-1)}, top_k, kept_mass)[0]))
 
 

@@ -96,7 +96,7 @@ def teach(
         row_top_k: Entries kept per row, on average over a sample's rows; one row has at most ``BROADEST`` times as
             many.
         logit_top_k: The same of the answer distributions, on average over a sample's answer tokens; 0 keeps no logits.
-        kept_mass: Share of a row's or a distribution's mass beyond which no more of its entries are kept.
+        kept_mass: Share of each row's and distribution's mass that is enough where more entries were allowed.
         keep: What to keep of each sample's signals, such as ``PackedSignals.of``: as they are they take ten times the
             room, padded to the broadest.
 

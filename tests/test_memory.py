@@ -19,7 +19,7 @@ from tiny_models import VOCABULARY, tiny_llama
 from torch import Tensor
 
 from seekr_peft.attention import AttentionTap, TeacherRows
-from seekr_peft.attention.rows import keep_largest
+from seekr_peft.attention.rows import sparse_rows
 from seekr_peft.config import SeekrConfig
 from seekr_peft.errors import DataError, MemoryFormatError
 from seekr_peft.heads import HeadSelection
@@ -316,7 +316,8 @@ def test_the_estimate_before_anything_is_computed_is_within_five_per_cent_and_ne
     samples = make_samples(n)
     signals = make_signals(samples, row_top_k=99, logit_top_k=logit_top_k)
     if row_top_k < 99:
-        signals = [replace(signal, rows=keep_largest(signal.rows, row_top_k)) for signal in signals]
+        dense = [{layer: rows.probabilities for layer, rows in signal.rows.items()} for signal in signals]
+        signals = [replace(s, rows=sparse_rows(rows, row_top_k)) for s, rows in zip(signals, dense, strict=True)]
     memory = TaskMemory.write(tmp_path, "task", samples, packed(signals, SELECTION, dtype), SELECTION)
     estimate = estimate_bytes(samples, SELECTION.n_heads, row_top_k, logit_top_k, VOCABULARY, dtype)
     assert memory.bytes <= estimate <= 1.05 * memory.bytes
