@@ -8,6 +8,7 @@ the task in progress.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.logging import RichHandler
+from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 
 from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, read_costs, seconds_into
@@ -95,7 +97,8 @@ def run_recipe(
 
     Raises:
         ConfigError: The recipe has mistakes (all are listed); nothing was loaded.
-        RunError: The run directory is in use, not empty, of another recipe, or there is nothing to resume.
+        RunError: The run directory is in use, not empty, of another recipe, or there is nothing to resume; or the disk
+            is full.
     """
     recipe = load_recipe(source, overrides)
     directory = Path(recipe.output_dir)
@@ -105,7 +108,12 @@ def run_recipe(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"output_dir {directory} cannot be made ({error.strerror}); choose another folder.") from error
-    with _locked(directory), RunProgress(console or Console(stderr=True)) as progress, _logging_to(progress.console):
+    with (
+        _telling_a_full_disk(directory),
+        _locked(directory),
+        RunProgress(console or Console(stderr=True)) as progress,
+        _logging_to(progress.console),
+    ):
         if resume == "auto":
             path = directory / RECIPE_FILE
             trained = (directory / METHOD_STATE_FILE).is_file()
@@ -490,6 +498,22 @@ def _locked(directory: Path) -> Any:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _telling_a_full_disk(directory: Path) -> Any:
+    """A sentence in place of the traceback of whatever could not be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors says it in words alone.
+        full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "(os error 28)" in str(error)
+        if not full:
+            raise
+        raise RunError(
+            f"{directory} cannot be written, the disk is full ({error}); make room and go on with --resume "
+            f"(resume=True): the tasks that are trained are kept."
+        ) from error
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def seed() -> None:
 @pytest.fixture
 def shared() -> Path:
     """The folder named by ``SEEKR_SHARED`` (by default ``../shared`` beside the repository), or a skip."""
-    path = Path(os.environ.get("SEEKR_SHARED", REPOSITORY.parent / "shared"))
+    path = Path(os.environ.get("SEEKR_SHARED", REPOSITORY.parent / "shared")).absolute()
     if not path.is_dir():
         pytest.skip(f"needs the shared folder {path}; set SEEKR_SHARED to where it is")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_run import TASKS, read_json, read_lines, small_recipe
 
@@ -25,6 +27,7 @@ import seekr_peft.run as run_module
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig, run_recipe
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import ConfigError, DataError, RunError
+from seekr_peft.memory import storage
 from seekr_peft.modeling import base_fingerprint, load_model
 from seekr_peft.recipe import load_recipe
 
@@ -257,6 +260,46 @@ def test_a_run_that_was_stopped_and_resumed_ends_bitwise_like_one_that_was_not(
     assert read_json(tmp_path / "run" / "state.json")["status"] == "running"
     result = run(recipe, resume=True)
     assert_same_result(result.directory, finished)
+
+
+# Word for word what safetensors 0.8 raises on a full tmpfs.
+FULL_DISK = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_costs_the_task_in_progress(
+    tmp_path: Path, finished: Path, no_report: None
+) -> None:
+    recipe = small_recipe(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patched:
+        original = storage.save_file
+
+        def full(tensors: dict[str, Any], path: Path) -> None:
+            if "02-last" in str(path):
+                raise FULL_DISK
+            original(tensors, path)
+
+        patched.setattr(storage, "save_file", full)
+        with pytest.raises(RunError, match=r"run cannot be written, the disk is full .*; make room and go on"):
+            run(recipe)
+    assert read_json(tmp_path / "run" / "state.json")["finished_tasks"] == 1
+    assert_same_result(run(recipe, resume=True).directory, finished)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (FULL_DISK, True),
+        (OSError(errno.ENOENT, "No such file or directory"), False),
+        (SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)"), False),
+    ],
+    ids=str,
+)
+def test_only_a_full_disk_is_told_as_one(error: Exception, told: bool) -> None:
+    with pytest.raises(RunError if told else type(error)) as caught, run_module._telling_a_full_disk(Path("runs/a")):
+        raise error
+    assert ("runs/a cannot be written, the disk is full" in str(caught.value)) == told
 
 
 SLOW_RUN = """
