@@ -31,6 +31,7 @@ _HOMES = {
     "AdapterError": "errors",
     "MemoryFormatError": "errors",
     "RunError": "errors",
+    "DivergenceError": "errors",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -169,12 +169,13 @@ class AdapterStack:
             finally:
                 self.activate()
             return
-        after = {key: value.detach().clone() for key, value in self.parameters().items()}
+        # Exchanged and not overwritten: a forward whose backward is still to come has saved these very tensors.
+        after = {key: parameter.data for key, parameter in self.parameters().items()}
         try:
-            self._write(current, self._before)
+            self._exchange(current, self._before)
             yield
         finally:
-            self._write(current, after)
+            self._exchange(current, after)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -233,6 +234,13 @@ class AdapterStack:
     def save_current(self, directory: Path) -> None:
         """Write the current task's adapter as a plain PEFT adapter directory."""
         self._save(self._require_current(), directory)
+
+    def load_current(self, checkpoint: Path) -> None:
+        """Bring the current task's adapter back to what a ``save_pretrained`` of the whole model wrote, a folder an
+        adapter."""
+        name = self._require_current()
+        _load(self.model, name, checkpoint if name == "default" else checkpoint / name)
+        self.activate()
 
     def export(self, directory: Path) -> None:
         """Write the consolidated adapter (all finished tasks) as a plain PEFT adapter directory."""
@@ -293,10 +301,9 @@ class AdapterStack:
         """Make ``names`` the active adapters, all frozen."""
         self.model.base_model.set_adapter(names, inference_mode=True)
 
-    def _write(self, name: str, values: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for key, parameter in self._parameters_of(name).items():
-                parameter.copy_(values[key])
+    def _exchange(self, name: str, values: dict[str, Tensor]) -> None:
+        for key, parameter in self._parameters_of(name).items():
+            parameter.data = values[key].to(parameter.device)
 
     def _parameters_of(self, name: str) -> dict[str, Tensor]:
         return {

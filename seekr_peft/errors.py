@@ -33,6 +33,10 @@ class MemoryFormatError(SeekrError, RuntimeError):
     """A replay memory on disk is missing, cut off, of another format or of another model."""
 
 
+class DivergenceError(SeekrError, ArithmeticError):
+    """A loss, a gradient or an adapter became infinite or no number while a task was trained; that task is dropped."""
+
+
 class RunError(SeekrError, RuntimeError):
     """A run directory is missing, in use, finished, or belongs to another recipe."""
 

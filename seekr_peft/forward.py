@@ -66,5 +66,10 @@ def pad_token_id(model: nn.Module) -> int:
     return found if isinstance(found, int) and found >= 0 else 0
 
 
+def input_names(model: nn.Module) -> frozenset[str]:
+    """Names that the transformers model's forward takes."""
+    return frozenset(inspect.signature(base_transformer(model).forward).parameters)
+
+
 def _keeps_logits(model: nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(base_transformer(model).forward).parameters
+    return "logits_to_keep" in input_names(model)

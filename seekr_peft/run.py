@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 
 from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, read_costs, seconds_into
+from .devices import check_one_device
 from .errors import ConfigError, RunError, RunInUseError, SeekrError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room
@@ -96,10 +97,13 @@ def run_recipe(
         report: Whether to write the page; ``seekr-peft report`` can do so later.
 
     Raises:
-        ConfigError: The recipe has mistakes (all are listed); nothing was loaded.
+        ConfigError: The recipe has mistakes (all are listed); nothing was loaded. Or several processes were started, or
+            several GPUs are visible.
+        DivergenceError: A task's loss or gradient became no finite number; the tasks before it are kept.
         RunError: The run directory is in use, not empty, of another recipe, or there is nothing to resume; or the disk
             is full.
     """
+    check_one_device()
     recipe = load_recipe(source, overrides)
     directory = Path(recipe.output_dir)
     if resume != "auto":

@@ -1,7 +1,13 @@
-"""``ContinualSFTTrainer``: TRL's SFTTrainer whose steps also replay. Needs the ``trl`` extra."""
+"""``ContinualSFTTrainer``: TRL's SFTTrainer whose steps also replay. Needs the ``trl`` extra.
+
+The one file that reaches into TRL (verified with 1.16): ``_prepare_dataset`` turns a data set of texts, chats or tokens
+into ``input_ids`` and ``labels`` and then packs it; only there both sides of the packing can be had. A test notices
+when it changes.
+"""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 try:
@@ -16,6 +22,9 @@ from .trainer import ContinualTrainerMixin
 class ContinualSFTTrainer(ContinualTrainerMixin, SFTTrainer):
     """``trl.SFTTrainer`` with ``method=``; pass the PeftModel and no ``peft_config``.
 
+    The replay samples are drawn from the training set as the trainer prepared it, with its own chat template, masks and
+    truncation, one sample a row although it may train on packed ones: leave ``replay_from`` out.
+
     SFTTrainer's own forward may use a fused head without logits or attention; replay runs a forward of its own, so
     nothing is asked of it. The adapter keeps its dtype over a quantised base, where SFTTrainer casts it to bfloat16:
     that breaks float16 training, and small updates of a later task would be rounded away.
@@ -24,6 +33,34 @@ class ContinualSFTTrainer(ContinualTrainerMixin, SFTTrainer):
     def __init__(self, *args: Any, method: ContinualMethod, **kwargs: Any) -> None:
         adapter = list(method.stack.parameters().values()) if method.current_task is not None else []
         before = [(parameter, parameter.dtype) for parameter in adapter]
+        self._unpacked: Any = None
         super().__init__(*args, method=method, **kwargs)
+        self._unpacked = None
         for parameter, dtype in before:
             parameter.data = parameter.data.to(dtype)
+
+    def samples_to_draw_from(self) -> Any:
+        return super().samples_to_draw_from() if self._unpacked is None else self._unpacked
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """As in SFTTrainer; of a training set that will be packed, what it was before is kept to draw from."""
+
+        def prepared(part: Any, settings: Any, packed: bool) -> Any:
+            return super(ContinualSFTTrainer, self)._prepare_dataset(
+                part, processing_class, settings, packed, formatting_func, dataset_name
+            )
+
+        if packing and dataset_name == "train":
+            whole = _changed(args, max_length=None, shuffle_dataset=False)
+            dataset = prepared(dataset, whole, False)
+            self._unpacked = prepared(dataset, _changed(args, shuffle_dataset=False), False)
+        return prepared(dataset, args, packing)
+
+
+def _changed(args: Any, **changes: Any) -> Any:
+    changed = copy.copy(args)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed

@@ -1,4 +1,7 @@
-"""What is trained in a run, one training after another: a task each, or all tasks at once. May import ``tasks``."""
+"""What is trained in a run, one training after another: a task each, or all tasks at once.
+
+May import ``tasks`` and ``inputs``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import TrainingArguments
 
+from .inputs import CARRIED, check_sample
 from .tasks import Task
 
 ALL_TASKS = "all_tasks"
@@ -48,8 +52,10 @@ def joined(datasets: Sequence[Dataset], arguments: Sequence[TrainingArguments]) 
             round(len(dataset) * own.num_train_epochs / fewest)
             for dataset, own in zip(datasets, arguments, strict=True)
         ]
+    for dataset in datasets:
+        check_sample(dataset[0], "sample 0 of a task")
     parts = [
-        dataset.select_columns(["input_ids", "attention_mask", "labels"]).select(_rows(len(dataset), count, place))
+        dataset.select_columns(list(CARRIED)).select(_rows(len(dataset), count, place))
         for place, (dataset, count) in enumerate(zip(datasets, wanted, strict=True))
     ]
     return concatenate_datasets(parts), replace(arguments[0], max_steps=sum(steps))

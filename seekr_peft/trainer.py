@@ -7,16 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from .errors import AdapterError, ConfigError
-from .forward import pad_token_id
+from .devices import check_one_gpu, check_one_process
+from .divergence import Moment
+from .errors import AdapterError, ConfigError, DivergenceError
+from .forward import input_names, pad_token_id
+from .inputs import check_batch, check_sample
 from .methods import ContinualMethod
 from .tasks import AnswerCollator
+
+MOST_SKIPPED_STEPS = 30
+"""Under fp16 accelerate's gradient scaler skips a step whose gradient overflowed and halves its scale. After so many
+in a row a scale of 65536 is below 1e-4: it is not the scale that overflows."""
 
 
 class ContinualTrainerMixin:
@@ -35,15 +43,39 @@ class ContinualTrainerMixin:
     apart from the new task's graph: the peak memory is the larger of the two, and activation checkpointing works.
 
     Every loss term is logged apart: ``loss`` (the new task), ``replay_loss``, ``logits_loss``, ``attention_loss``.
+
+    ``load_best_model_at_end`` brings back the task's own adapter as it was at the best checkpoint. A task whose
+    ``replay_from`` was left out gets its replay samples from the training set.
+
+    Raises:
+        ConfigError: Several processes or GPUs, a ``model_init``, a ``peft_config``.
+        DivergenceError: From ``train``, at the first loss or gradient norm that is infinite or no number.
+        AdapterError: Outside of a task, or with another model than the method's.
     """
 
     def __init__(self, *args: Any, method: ContinualMethod, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.method = method
         if method.current_task is None:
             raise AdapterError(
                 "ContinualTrainer was made outside of a task; make and run it inside `with method.task(name, ...)`."
             )
+        for name in ("model_init", "peft_config"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"{name} was given to the trainer, which would train another model than the method's; pass the "
+                    f"method's own, model=method.model, and no {name}."
+                )
+        super().__init__(*args, **kwargs)
+        check_one_process(self.args.world_size)  # type: ignore[attr-defined]
+        check_one_gpu(self.args.n_gpu)  # type: ignore[attr-defined]
+        if self.model is not method.model:  # type: ignore[attr-defined,has-type]
+            raise AdapterError(
+                "the trainer's model is not the one that the method was made with; pass model=method.model."
+            )
+        self.method = method
+        method.draw_from(self.samples_to_draw_from())
+        self._input_names = input_names(method.model)
+        self._skipped_steps = 0
+        self._last_loss: Tensor | float = 0.0
         self._separate = method.config.replay_step == "separate"
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = {}
@@ -59,8 +91,21 @@ class ContinualTrainerMixin:
             )
         return super().train(**kwargs)  # type: ignore[misc]
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: each trial would start from another model than the method's."""
+        raise ConfigError(
+            "hyperparameter_search() makes a new model for each trial, past the method's adapters; try settings in runs "
+            "of their own, as seekr-peft compare does."
+        )
+
+    def samples_to_draw_from(self) -> Any:
+        """The training set, one sample a row, which the method draws its replay samples from."""
+        return self.train_dataset  # type: ignore[attr-defined]
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's step, and on the last micro-batch the replay loss that is due."""
+        if self.method.uses_replay or self.method.needs_samples:
+            check_batch(inputs, self._input_names)
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         last_micro_batch = self.accelerator.sync_gradients  # type: ignore[attr-defined]
         step = self.state.global_step  # type: ignore[attr-defined]
@@ -68,6 +113,9 @@ class ContinualTrainerMixin:
             self._replay_backward(model)
         if last_micro_batch:
             self._penalty_backward()
+        # Last, so that the device is not waited for before it has all its work.
+        self._moment().check_finite("loss", loss)
+        self._last_loss = loss
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -82,8 +130,9 @@ class ContinualTrainerMixin:
         """One optimiser step on a replay batch alone, at the new task's learning rate; leaves no gradient behind."""
         model.zero_grad()
         self._replay_backward(model)
-        if self.args.max_grad_norm:  # type: ignore[attr-defined]
-            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)  # type: ignore[attr-defined]
+        limit = self.args.max_grad_norm or float("inf")  # type: ignore[attr-defined]
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)  # type: ignore[attr-defined]
+        self._check_gradient_norm(norm)
         self.optimizer.step()  # type: ignore[attr-defined]
         model.zero_grad()
 
@@ -95,6 +144,8 @@ class ContinualTrainerMixin:
                 terms = open_until_backward.enter_context(self.method.replay_terms(model))
             # accelerate divides by its own accumulation steps; this loss is added once per optimiser step.
             accelerator.backward(terms.total * accelerator.gradient_accumulation_steps)
+        self._last_loss = terms.total.detach()
+        self._moment().check_finite("replay loss", self._last_loss)
         self._count(terms.values())
 
     def _penalty_backward(self) -> None:
@@ -102,7 +153,38 @@ class ContinualTrainerMixin:
         if penalty is not None:
             accelerator = self.accelerator  # type: ignore[attr-defined]
             accelerator.backward(penalty * accelerator.gradient_accumulation_steps)
+            self._moment().check_finite("penalty", penalty)
             self._count({"penalty_loss": penalty.detach()})
+
+    def _load_best_model(self) -> None:
+        # transformers 5.23: its own loads the checkpoint's template adapter into the first active one, which may be
+        # the frozen sum of the earlier tasks.
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        self.method.stack.load_current(Path(best))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # transformers 5.23: the only place that has the norm before clipping, at every optimiser step.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        self._check_gradient_norm(norm)
+        return norm
+
+    def _check_gradient_norm(self, norm: Any) -> None:
+        moment = self._moment()
+        try:
+            moment.check_finite("gradient norm", norm)
+            moment.check_moving(norm, self._last_loss)
+        except DivergenceError:
+            self._skipped_steps += 1
+            scaled = self.accelerator.scaler is not None  # type: ignore[attr-defined]
+            if not scaled or self._skipped_steps > MOST_SKIPPED_STEPS:
+                raise
+        else:
+            self._skipped_steps = 0
+
+    def _moment(self) -> Moment:
+        optimizer, state = self.optimizer, self.state  # type: ignore[attr-defined]
+        rate = None if optimizer is None else float(optimizer.param_groups[0]["lr"])
+        return Moment(str(self.method.current_task), state.global_step, state.max_steps, rate)
 
     def _count(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -138,6 +220,8 @@ class ContinualTrainer(ContinualTrainerMixin, Trainer):
         _check_tokenised(kwargs.get("train_dataset"))
         if kwargs.get("data_collator") is None:
             _check_labelled(kwargs.get("train_dataset"))
+            for name in ("train_dataset", "eval_dataset"):
+                _check_inputs(name, kwargs.get(name), model)
             kwargs["data_collator"] = AnswerCollator(pad_token_id=pad_token_id(model))
         super().__init__(model=model, args=args, **kwargs)
 
@@ -167,6 +251,13 @@ def _check_labelled(dataset: Any) -> None:
             f"train_dataset has no 'labels' (it has {', '.join(sorted(dataset[0]))}); tokenise the task first: "
             f"task.tokenized(tokenizer), or pass the data_collator that makes them."
         )
+
+
+def _check_inputs(name: str, dataset: Any, model: Any) -> None:
+    """Before a Trainer removes the columns that it does not know, and a collator the others."""
+    for key, part in dataset.items() if isinstance(dataset, dict) else [(name, dataset)]:
+        if hasattr(part, "__getitem__") and hasattr(part, "__len__") and len(part) > 0:
+            check_sample(part[0], f"sample 0 of {key}", input_names(model))
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

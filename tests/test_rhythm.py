@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -22,36 +24,75 @@ def due_steps(rhythm: Rhythm, total_steps: int) -> list[int]:
 
 
 def test_a_batch_joins_the_last_of_every_three_steps() -> None:
-    assert due_steps(Rhythm(3), 10) == [2, 5, 8]
-    assert Rhythm(3).count(10) == 3
+    assert due_steps(Rhythm.every(3), 10) == [2, 5, 8]
+    assert Rhythm.every(3).count(10) == 3
 
 
-def test_every_of_zero_is_never() -> None:
-    assert due_steps(Rhythm(0), 50) == []
-    assert Rhythm(0).count(50) == 0
+def test_never_is_never() -> None:
+    assert due_steps(Rhythm.never(), 50) == []
+    assert Rhythm.never().count(50) == 0
+
+
+def test_seven_batches_in_ten_steps_are_spread_and_end_with_the_last_step() -> None:
+    assert due_steps(Rhythm(7, 10), 10) == [1, 2, 4, 5, 7, 8, 9]
 
 
 @pytest.mark.parametrize(
-    ("n_replay", "batch", "steps", "n_epochs", "min_passes", "given_every", "every"),
+    ("n_replay", "batch", "steps", "n_epochs", "min_passes", "given_every", "expected"),
     [
-        (0, 8, 450, 6, 30, None, 0),  # the first task
-        (8, 8, 450, 6, 30, None, 15),  # 30 passes of one batch each in 450 steps
-        (12, 8, 450, 6, 30, None, 10),  # 30 * 12 / 8 = 45 batches
-        (6, 8, 450, 6, 30, None, 15),  # a batch holds no more samples than there are
-        (9, 8, 100, 1, 30, None, 2),  # 33.75 batches are 34, so every second step
-        (8, 8, 450, 50, 30, None, 9),  # more epochs than the least number of passes
-        (600, 8, 100, 3, 30, None, 1),  # more wanted than there are steps: one a step
-        (8, 8, 450, 6, 30, 7, 7),  # the user's own rhythm
-        (8, 8, 5, 6, 30, 99, 5),  # shortened: the task would end without any replay
-        (8, 8, None, 1, 30, None, UNKNOWN_LENGTH_EVERY),
-        (8, 8, None, 1, 30, 6, 6),
-        (0, 8, None, 1, 30, 6, 0),
+        (0, 8, 450, 6, 30, None, Rhythm.never()),  # the first task
+        (8, 8, 450, 6, 30, None, Rhythm(30, 450)),  # 30 passes of one batch each
+        (12, 8, 450, 6, 30, None, Rhythm(45, 450)),  # 30 * 12 / 8
+        (6, 8, 450, 6, 30, None, Rhythm(30, 450)),  # a batch holds no more samples than there are
+        (9, 8, 100, 1, 30, None, Rhythm(34, 100)),  # 33.75 batches
+        (8, 8, 450, 50, 30, None, Rhythm(50, 450)),  # more epochs than the least number of passes
+        (240, 8, 1875, 3, 30, None, Rhythm(900, 1875)),
+        (250, 8, 1875, 3, 30, None, Rhythm(938, 1875)),  # 937.5
+        (8, 8, 450, 6, 30, 7, Rhythm.every(7)),  # the user's own rhythm
+        (8, 8, 5, 6, 30, 99, Rhythm.every(5)),  # shortened: the task would end without any replay
+        (8, 8, None, 1, 30, None, Rhythm.every(UNKNOWN_LENGTH_EVERY)),
+        (8, 8, None, 1, 30, 6, Rhythm.every(6)),
+        (0, 8, None, 1, 30, 6, Rhythm.never()),
     ],
 )
 def test_worked_cases(
-    n_replay: int, batch: int, steps: int | None, n_epochs: float, min_passes: int, given_every: int | None, every: int
+    n_replay: int,
+    batch: int,
+    steps: int | None,
+    n_epochs: float,
+    min_passes: int,
+    given_every: int | None,
+    expected: Rhythm,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert plan_rhythm(n_replay, batch, steps, n_epochs, min_passes, given_every) == Rhythm(every)
+    assert plan_rhythm(n_replay, batch, steps, n_epochs, min_passes, given_every) == expected
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("n_replay", "batch", "steps", "text"),
+    [
+        (600, 8, 100, "a batch of 8 in each of the 100 steps .* 600 replay samples only 1.3 times, .* to 180"),
+        (6, 8, 20, "a batch of 6 in each of the 20 steps .* 6 replay samples only 20.0 times, .* more steps.$"),
+        (251, 8, 941, "only 30.0 times, .* set replay_batch_size to 9.$"),  # 29.99
+    ],
+)
+def test_fewer_passes_than_asked_for_are_said(
+    n_replay: int, batch: int, steps: int, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert plan_rhythm(n_replay, batch, steps, 3, 30, None).count(steps) == steps
+    assert [re.search(text, record.getMessage()) is not None for record in caplog.records] == [True]
+
+
+@given(samples, batches, lengths, epochs, passes)
+def test_the_batches_that_are_wanted_are_spread_evenly(
+    n_replay: int, batch: int, steps: int, n_epochs: float, min_passes: int
+) -> None:
+    due = due_steps(plan_rhythm(n_replay, batch, steps, n_epochs, min_passes, None), steps)
+    assert len(due) == min(steps, math.ceil(max(min_passes, n_epochs) * n_replay / min(batch, n_replay)))
+    gaps = {later - earlier for earlier, later in pairwise([-1, *due])}
+    assert max(gaps) - min(gaps) <= 1
+    assert due[-1] == steps - 1
 
 
 @given(samples, batches, lengths, epochs, passes, st.one_of(st.none(), st.integers(1, 4000)))

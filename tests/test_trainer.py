@@ -18,6 +18,7 @@ from torch import Tensor
 
 from seekr_peft import ContinualTrainer, Replay, Seekr, SeekrConfig, Sequential
 from seekr_peft.errors import AdapterError, CaptureError, ConfigError
+from seekr_peft.methods.rhythm import Rhythm
 
 TERMS = ("replay_loss", "logits_loss", "attention_loss")
 
@@ -127,7 +128,7 @@ def test_batches_of_8_and_micro_batches_of_2_by_4_train_the_same_parameters(
         arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **changes),
     )
     assert trainer.state.global_step == 6
-    assert trainer.method.rhythm.every == 1
+    assert trainer.method.rhythm == Rhythm.every(1)
     assert_close(whole, parts)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 from rich.console import Console
 
+from ..devices import check_one_device
 from ..errors import RunError, RunInUseError, SeekrError
 from ..recipe import Recipe
 from ..report import write_comparison_page
@@ -64,9 +65,12 @@ def compare(
         run: False only gathers what is finished, as while other processes are at work.
 
     Raises:
-        ConfigError: A recipe of one of the variants has mistakes; nothing was run.
+        ConfigError: A recipe of one of the variants has mistakes, or there are several processes or GPUs; nothing was
+            run.
         RunError: Runs are not comparable, or one of them cannot go on.
     """
+    if run:
+        check_one_device()
     plan = plan_comparison(source, overrides, methods=methods, seeds=seeds, orders=orders)
     console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     logs = plan.directory / LOGS

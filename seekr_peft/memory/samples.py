@@ -1,11 +1,11 @@
 """Replay samples: which training samples are kept, and which of their query positions.
 
-May import ``config`` and ``errors``.
+May import ``config``, ``inputs`` and ``errors``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import QueryChoice
 from ..errors import DataError
+from ..inputs import check_sample
 
 SampleSelector = Callable[[Any, int, int], Sequence[int]]
 """``(dataset, count, seed) -> indices`` of the samples to keep."""
@@ -77,21 +78,24 @@ def choose_samples(
     seed: int,
     selector: SampleSelector = select_random,
     query_choice: QueryChoice = "random",
+    input_names: Collection[str] = (),
 ) -> list[ReplaySample]:
     """Draw the replay samples of a task from its tokenised training set.
 
     Args:
         dataset: Sized and indexable; each item has ``input_ids`` and ``labels`` (answer tokens, -100 elsewhere),
             without padding or with an ``attention_mask`` that marks it.
+        input_names: What the model's forward takes; a sample's column of such a name cannot be left out.
         query_choice: "answer" draws the positions that predict the answer tokens before any other.
 
     Raises:
-        DataError: The set is empty, is not tokenised, or a chosen sample has no answer token.
+        DataError: The set is empty, is not tokenised, or a chosen sample has no answer token, is packed from several,
+            or holds an input that would be dropped.
     """
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DataError(
             f"replay_from is a {type(dataset).__name__}, of which no samples can be drawn; pass a list or a Dataset of "
-            f"mappings with input_ids and labels."
+            f"mappings with input_ids and labels, as task(name, replay_from=...)."
         )
     if len(dataset) == 0:
         raise DataError("replay_from is empty; a task needs at least one training sample.")
@@ -99,20 +103,32 @@ def choose_samples(
     indices = list(selector(dataset, count, seed))
     if not indices:
         raise DataError(f"select_samples chose none of {len(dataset)} samples; it must choose at least one.")
-    return [_sample(dataset[int(index)], int(index), query_budget, seed, query_choice) for index in indices]
+    samples = []
+    for index in map(int, indices):
+        item = dataset[index]
+        _check_item(item, index, input_names)
+        samples.append(_sample(item, index, query_budget, seed, query_choice))
+    return samples
 
 
-def _sample(item: Any, index: int, query_budget: int | None, seed: int, query_choice: QueryChoice) -> ReplaySample:
+def _check_item(item: Any, index: int, input_names: Collection[str]) -> None:
+    """DataError for what is no tokenised sample, or one that cannot be kept as it is."""
     if not isinstance(item, Mapping):
         raise DataError(
             f"sample {index} of replay_from is a {type(item).__name__}; it must be a mapping with input_ids and labels."
         )
+    check_sample(item, f"sample {index} of replay_from", input_names)
     for key in ("input_ids", "labels"):
         if key not in item:
             raise DataError(
                 f"sample {index} of replay_from has no {key!r} (it has {', '.join(sorted(item))}); tokenise the task "
                 f"first: task.tokenized(tokenizer)."
             )
+
+
+def _sample(
+    item: Mapping[str, Any], index: int, query_budget: int | None, seed: int, query_choice: QueryChoice
+) -> ReplaySample:
     input_ids, labels = torch.as_tensor(item["input_ids"]), torch.as_tensor(item["labels"])
     for key in ("labels", "attention_mask"):
         if key in item and len(item[key]) != len(input_ids):

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterStack, Mode, RankLimit
 from ..config import SeekrConfig
+from ..devices import check_one_process
+from ..divergence import Moment, check_adapter
 from ..errors import ConfigError, RunError
 from ..losses import ReplayTerms
+from .own_loop import GivenGradient, StepCounter
 
 logger = logging.getLogger("seekr_peft")
 
@@ -87,7 +90,10 @@ class ContinualMethod:
             weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
         self.task_names: list[str] = []
         self.current_task: str | None = None
-        self._step = self._n_replayed = 0
+        self.awaits_samples = False
+        """Whether the open task still has to be told its training samples; see ``draw_from``."""
+        self._n_replayed = 0
+        self._steps = StepCounter(())
 
     # For subclasses ---------------------------------------------------------------------------------------------
 
@@ -125,24 +131,26 @@ class ContinualMethod:
 
         Args:
             name: Also a folder name: letters, digits, ``.``, ``_``, ``-``; new in this sequence.
-            replay_from: The task's tokenised training set; required by methods with a replay memory.
+            replay_from: The task's tokenised training set, not packed. A trainer hands its own over where it is left
+                out; in a hand-written loop methods with a replay memory need it.
             optimizer_steps: Length of the training, for a hand-written loop (``ContinualTrainer`` knows it).
 
         An exception inside the block drops the task's adapter; the earlier tasks stay as they were.
         """
         self._check_name(name)
-        if (self.uses_replay or self.needs_samples) and replay_from is None:
-            what = "keeps a replay memory" if self.uses_replay else "looks at the training samples"
-            raise ConfigError(
-                f"task {name!r}: method {self.name!r} {what}, so pass replay_from=<tokenised training set>."
-            )
+        check_one_process()
         self.stack.begin()
         self.current_task = name
-        self._step = self._n_replayed = 0
+        self._n_replayed = 0
+        self.awaits_samples = replay_from is None and (self.uses_replay or self.needs_samples)
+        self._steps = StepCounter(self.stack.parameters().values())
         try:
-            self.before_training(replay_from)
-            self.start_training(optimizer_steps)
-            yield self
+            with self._steps.counting(self._require_samples):
+                if not self.awaits_samples:
+                    self.before_training(replay_from)
+                self.start_training(optimizer_steps)
+                yield self
+            self._require_samples()
             self._finish(name)
         except BaseException:
             if self.stack.current is not None:
@@ -150,23 +158,49 @@ class ContinualMethod:
             raise
         finally:
             self.current_task = None
+            self.awaits_samples = False
 
-    def replay_loss(self) -> Tensor | None:
+    def draw_from(self, training_set: Any) -> None:
+        """Take the task's samples from ``training_set`` where ``task`` was not told ``replay_from``.
+
+        Trainers call this with the set that they train on, tokenised and not packed.
+        """
+        if self.awaits_samples:
+            self.before_training(training_set)
+            self.awaits_samples = False
+
+    def replay_loss(self, step: int | None = None) -> Tensor | None:
         """For a hand-written loop: call once per optimiser step; None when no replay is due, else a loss to add.
 
         The gradient is computed here and handed over by the returned scalar's backward, so that it is right under
         activation checkpointing wherever ``backward`` is called, and the two graphs never exist at the same time.
+
+        It is added once per optimiser step, whole: under gradient accumulation it must not be divided. accelerate's
+        ``accelerator.backward`` divides whatever it is given, so multiply by
+        ``accelerator.gradient_accumulation_steps`` before (a warning says when a loss came back divided). Called for
+        each micro-batch, it answers the first one alone: steps of any torch optimizer over the adapter are seen.
+
+        Args:
+            step: The optimiser step of this task, from 0, for a loop that accumulates and uses no torch optimizer.
+
+        Raises:
+            DivergenceError: The replay loss is no finite number.
         """
-        step, self._step = self._step, self._step + 1
         if self.current_task is None:
             raise RunError("replay_loss() was called outside `with method.task(...)`; call it while a task is trained.")
-        if not self.replay_due(step):
+        self._require_samples()
+        step = self._steps.begun(step)
+        if step is None or not self.replay_due(step):
             return None
         parameters = list(self.stack.parameters().values())
         with self.replay_terms(self.model) as terms:
             gradients = torch.autograd.grad(terms.total, parameters, allow_unused=True)
+        self._steps.settle()
+        Moment(self.current_task, step).check_finite("replay loss", terms.total)
         kept = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        return _GivenGradient.apply(terms.total.detach(), [g for _, g in kept], *[p for p, _ in kept])
+        return GivenGradient.apply(
+            terms.total.detach(), self._steps.weighed, [g for _, g in kept], *[p for p, _ in kept]
+        )
 
     # Files ------------------------------------------------------------------------------------------------------
 
@@ -233,6 +267,7 @@ class ContinualMethod:
         return sorted(path for path in tasks.iterdir() if path.is_dir()) if tasks.is_dir() else []
 
     def _finish(self, name: str) -> None:
+        check_adapter(self.stack.parameters(), name)
         self.stack.check_frozen_unchanged()
         if self.uses_replay and self.task_names and not self._n_replayed:
             logger.warning(
@@ -280,6 +315,15 @@ class ContinualMethod:
             },
         )
 
+    def _require_samples(self) -> None:
+        """ConfigError when the task trains without having been told its samples."""
+        if self.awaits_samples:
+            what = "keeps a replay memory" if self.uses_replay else "looks at the training samples"
+            raise ConfigError(
+                f"task {self.current_task!r}: method {self.name!r} {what}, so pass replay_from=<tokenised training "
+                f"set> to task(), or train with ContinualTrainer, which hands its own over."
+            )
+
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(
@@ -290,19 +334,6 @@ class ContinualMethod:
             raise ConfigError(f"task name {name!r} is already used in this sequence; give each task its own name.")
         if self.current_task is not None:
             raise RunError(f"task {self.current_task!r} is still open; tasks cannot be nested.")
-
-
-class _GivenGradient(torch.autograd.Function):
-    """A scalar whose backward hands out gradients that were computed before."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *[gradient * outer[0] for gradient in ctx.gradients])
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import MemoryFormatError
-from ..forward import answer_logits, evaluation_mode, model_device
+from ..forward import answer_logits, evaluation_mode, input_names, model_device
 from ..losses import label_loss
 from ..memory import ReplaySample, choose_samples
 from .base import ContinualMethod
@@ -43,7 +43,8 @@ class Ewc(ContinualMethod):
 
     def before_training(self, replay_from: Any) -> None:
         ratio = min(1.0, self.config.ewc_samples / max(1, len(replay_from)))
-        self._samples = choose_samples(replay_from, ratio, 1, self.config.seed + len(self.task_names))
+        seed = self.config.seed + len(self.task_names)
+        self._samples = choose_samples(replay_from, ratio, 1, seed, input_names=input_names(self.model))
 
     def penalty(self) -> Tensor | None:
         if not self._tasks or self.config.ewc_lambda == 0:

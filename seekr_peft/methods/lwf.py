@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..forward import answer_logits, evaluation_mode, model_device, pad_token_id
+from ..forward import answer_logits, evaluation_mode, input_names, model_device, pad_token_id
 from ..heads import HeadSelection
 from ..losses import ReplayTerms, softened_kl
 from ..memory import ReplayBatch, ReplaySample, TeacherSignals, choose_samples, collate
@@ -34,17 +34,17 @@ class Lwf(ContinualMethod):
 
     def __init__(self, model: Any, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
-        self.rhythm = Rhythm(0)
+        self.rhythm = Rhythm.never()
         self._stream: Iterator[ReplayBatch] = iter(())
 
     def before_training(self, replay_from: Any) -> None:
         """Every sample of the task may be drawn."""
         if self._has_teacher():
-            samples = choose_samples(replay_from, 1.0, 1, self.config.seed)
+            samples = choose_samples(replay_from, 1.0, 1, self.config.seed, input_names=input_names(self.model))
             self._stream = self._batches(samples, self.config.seed + len(self.task_names))
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
-        self.rhythm = Rhythm((self.config.replay_every or 1) if self._has_teacher() else 0)
+        self.rhythm = Rhythm.every(self.config.replay_every or 1) if self._has_teacher() else Rhythm.never()
 
     def replay_due(self, step: int) -> bool:
         return self.rhythm.due(step)

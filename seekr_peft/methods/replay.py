@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attention.support import is_encoder
 from ..config import SeekrConfig
 from ..errors import AdapterError
-from ..forward import answer_logits, model_device, pad_token_id
+from ..forward import answer_logits, input_names, model_device, pad_token_id
 from ..losses import ReplayTerms, combine, label_loss
 from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples, estimate_bytes
 from ..memory.samples import SELECTORS, SampleSelector
@@ -45,7 +45,7 @@ class Replay(ContinualMethod):
                 f"before its token and replay would train another loss; use a causal language model."
             )
         self.memory = ReplayMemory()
-        self.rhythm = Rhythm(0)
+        self.rhythm = Rhythm.never()
         self._select = select_samples or SELECTORS[self.config.sample_selection]
         self._samples: list[ReplaySample] = []
         self._stream: Iterator[ReplayBatch] = iter(())
@@ -60,6 +60,7 @@ class Replay(ContinualMethod):
             seed,
             self._select,
             self.config.query_choice,
+            input_names(self.model),
         )
         # Asked for each batch: a Trainer moves the model after the task began.
         where = partial(model_device, self.model)

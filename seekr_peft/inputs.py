@@ -1,0 +1,130 @@
+"""Which inputs of a sample reach the model: those that are carried, and a refusal of any other.
+
+Collators, replay samples and scoring keep token ids, their mask and their labels. A sample that holds more for the
+model, such as an image, would be trained without it and nobody would see that. Imports ``errors`` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from .errors import DataError
+
+CARRIED = ("input_ids", "attention_mask", "labels")
+
+_MEDIA_NAMES = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+_MEDIA_MODULES = ("PIL", "torchcodec", "datasets")
+"""Where the classes of decoded images, sounds and films come from."""
+_LAYOUT = ("position_ids", "seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What a collator derives from how it laid the samples out; a replay batch has a layout of its own."""
+_ADVICE = (
+    "training, replay and scoring carry input_ids, attention_mask and labels alone, so it would be dropped; models "
+    "that need it are not supported yet: where this one does not, remove it from the data set."
+)
+
+
+def check_sample(sample: Mapping[str, Any], place: str, parameters: Collection[str] = ()) -> None:
+    """Refuse a tokenised sample that holds an input which is not carried, or several samples in one row.
+
+    Args:
+        sample: One item of a training set.
+        place: Begins the message, such as "sample 3 of replay_from".
+        parameters: Names that the model's forward takes: a column of such a name is an input.
+
+    Raises:
+        DataError: With the name of the column.
+    """
+    _check_layout(sample, place)
+    for name, value in sample.items():
+        if name not in (*CARRIED, *_LAYOUT) and value is not None:
+            what = _input_kind(name, value, parameters)
+            if what:
+                raise DataError(f"{place} holds {name!r}, {what}; {_ADVICE}")
+
+
+def check_media(row: Mapping[str, Any], place: str) -> None:
+    """Refuse a row of texts that holds an image, a sound or a film beside them.
+
+    Raises:
+        DataError: With the name of the column.
+    """
+    for name, value in row.items():
+        if _is_media(name, value):
+            raise DataError(f"{place} holds {name!r}, an image, a sound or a film; {_ADVICE}")
+
+
+def check_batch(batch: Mapping[str, Any], parameters: Collection[str]) -> None:
+    """Refuse a collated batch with an input that replay samples could not carry.
+
+    Raises:
+        DataError: With the name of the input.
+    """
+    for name, value in batch.items():
+        known = name in (*CARRIED, *_LAYOUT)
+        if not known and (name in parameters or bool(getattr(value, "is_floating_point", bool)())):
+            raise DataError(f"the collator's batch holds {name!r}, an input of the model; {_ADVICE}")
+
+
+def _check_layout(sample: Mapping[str, Any], place: str) -> None:
+    """Of a row's samples and positions only the plain ones are kept: one sample, from position 0 on."""
+    positions = sample.get("position_ids")
+    plain, n_samples = True, len(_flat(sample.get("seq_lengths")))
+    if positions is not None and _depth(positions) == 1:
+        found = [place for place, real in zip(_flat(positions), _mask_of(sample, positions), strict=False) if real]
+        plain = found == list(range(len(found)))
+        n_samples = max(n_samples, sum(place == 0 for place in found))
+    if n_samples > 1:
+        raise DataError(
+            f"{place} is a row of {n_samples} samples that were packed together, and they would attend to each other "
+            f"in replay; pass the training set before it was packed (or leave replay_from out: the trainer knows it)."
+        )
+    if not plain or (positions is not None and _depth(positions) != 1):
+        raise DataError(f"{place} holds 'position_ids' other than 0, 1, 2, ...; {_ADVICE}")
+
+
+def _mask_of(sample: Mapping[str, Any], positions: Any) -> list[Any]:
+    mask = sample.get("attention_mask")
+    return [1] * len(_flat(positions)) if mask is None else list(_flat(mask))
+
+
+def _input_kind(name: str, value: Any, parameters: Collection[str]) -> str:
+    """What input a column is, in words; empty for one that is none, such as a text or a number."""
+    if name in parameters:
+        return "an input of the model"
+    if _is_media(name, value):
+        return "an image, a sound or a film"
+    if _depth(value) >= 2 or any(isinstance(entry, float) for entry in _flat(value)):
+        return "an array of numbers, as the inputs of models are"
+    return ""
+
+
+def _is_media(name: str, value: Any) -> bool:
+    if name in _MEDIA_NAMES and value is not None and _size(value) > 0:
+        return True
+    if isinstance(value, Mapping):
+        return any(_is_media(str(key), inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(_is_media("", inner) for inner in value)
+    return isinstance(value, (bytes, bytearray)) or type(value).__module__.split(".")[0] in _MEDIA_MODULES
+
+
+def _size(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 1
+
+
+def _depth(value: Any) -> int:
+    """Dimensions of an array of numbers, as a tensor or as nested lists; 0 for anything else."""
+    if hasattr(value, "ndim"):
+        return int(value.ndim)
+    if isinstance(value, (list, tuple)) and value:
+        inner = _depth(value[0])
+        return 1 + inner if inner or isinstance(value[0], (int, float)) else 0
+    return 0
+
+
+def _flat(value: Any) -> list[Any]:
+    """The entries of a one-dimensional array; empty for anything else."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return list(value) if isinstance(value, (list, tuple)) else []

@@ -1,0 +1,96 @@
+"""What a hand-written training loop does to a method's replay loss: which optimiser step a call belongs to, and how the
+loss is weighted on its way back. Imports nothing from the package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+logger = logging.getLogger("seekr_peft")
+
+
+class StepCounter:
+    """Counts the optimiser steps that move ``parameters``, whoever makes them.
+
+    A step is seen by torch's own hook after ``Optimizer.step`` (of an optimizer that holds one of the parameters) or
+    by the parameters' version counters, which every change in place raises. Calls between which gradients were added
+    and no step was seen belong to one step: accelerate skips the optimizer's step inside an accumulation.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._n_optimizer_steps = 0
+        self._step = -1
+        self._place: tuple[int, int] | None = None
+        self._weight_is_known = False
+
+    @contextmanager
+    def counting(self, before_first: Callable[[], None]) -> Iterator[None]:
+        """See the steps of all optimizers inside; ``before_first`` may refuse them."""
+        own = {id(parameter) for parameter in self._parameters}
+
+        def count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+                before_first()
+                self._n_optimizer_steps += 1
+
+        handle = register_optimizer_step_post_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def begun(self, step: int | None) -> int | None:
+        """The number of the optimiser step that a call belongs to, from 0; None when a call already belonged to it."""
+        if step == self._step or (step is None and self._is_accumulating()):
+            return None
+        self._step = self._step + 1 if step is None else step
+        self.settle()
+        return self._step
+
+    def settle(self) -> None:
+        """The parameters as they are now belong to the step that has begun."""
+        self._place = self._here()
+
+    def _is_accumulating(self) -> bool:
+        """Whether gradients were added since the last call, and no step was made of them."""
+        return self._place == self._here() and any(parameter.grad is not None for parameter in self._parameters)
+
+    def _here(self) -> tuple[int, int]:
+        return self._n_optimizer_steps, sum(parameter._version for parameter in self._parameters)
+
+    def weighed(self, weight: Tensor) -> None:
+        """Say once when the replay loss was scaled down in the backward: most likely by accident."""
+        if self._weight_is_known:
+            return
+        self._weight_is_known = True
+        if 0 < float(weight) < 1:
+            logger.warning(
+                "the replay loss was multiplied by %.3g on its way back. It is added once per optimiser step, so it "
+                "must not be divided by the accumulation steps, as accelerator.backward() does: multiply it by "
+                "accelerator.gradient_accumulation_steps (or ignore this, where the weight is meant).",
+                float(weight),
+            )
+
+
+class GivenGradient(torch.autograd.Function):
+    """A scalar whose backward hands out gradients that were computed before, times the gradient that it is given; that
+    one is shown to ``weighed``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, weighed: Callable[[Tensor], None], gradients: list[Tensor], *parameters: Tensor
+    ) -> Tensor:
+        ctx.weighed, ctx.gradients = weighed, gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.weighed(outer[0])
+        return (None, None, None, *[gradient * outer[0] for gradient in ctx.gradients])
