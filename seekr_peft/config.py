@@ -64,10 +64,12 @@ class SeekrConfig:
     model's depth ("thirds")."""
 
     norm: Norm = "frobenius"
-    """How a head's change and gradient are measured: the paper's Frobenius norm, or the released code's mean square."""
+    """How a head's change and gradient are measured: the paper's Frobenius norm, or the mean square over the sample's
+    queries and keys. The released code takes a mean square too, over the padded length, every query and the masked
+    future keys (5 to 92 % of its sum): the two agree only where nothing is padded and few keys are masked."""
 
     accumulate: Accumulate = "product_of_sums"
-    """Importance over tasks: (sum S) * (sum F) as in the paper, or sum (S * F) as in the released code."""
+    """Importance over tasks: (sum S) * (sum F) as in the paper, or sum (S * F), the order of the released code's sum."""
 
     sensitivity_queries: Literal["selected", "all"] = "selected"
     """Attention rows that the sensitivity is summed over: the drawn query positions, or every position."""
@@ -106,7 +108,8 @@ class SeekrConfig:
     ``logit_top_k`` allow more entries than hold it, no more are stored."""
 
     storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
-    """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact."""
+    """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact. From
+    a ``lambda2`` of 100 on the rounding of uint8 is worth a warning: take float16."""
 
     lwf_lambda: float = 1.0
     """Method lwf: weight of the distillation on the new task's samples. Paper (arXiv 1606.09282): 1."""

@@ -40,8 +40,8 @@ def check_one_gpu(n_gpus: int) -> None:
     if n_gpus > 1:
         raise ConfigError(
             f"{n_gpus} GPUs are visible, and training on several is not supported: transformers' Trainer would wrap "
-            f"the model in nn.DataParallel, past which no attention is captured; set CUDA_VISIBLE_DEVICES=0 (or another "
-            f"one's number) before the process starts."
+            f"the model in nn.DataParallel, past which no attention is captured; set CUDA_VISIBLE_DEVICES=0 (or "
+            f"another one's number) before the process starts."
         )
 
 

@@ -94,8 +94,8 @@ class ContinualTrainerMixin:
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: each trial would start from another model than the method's."""
         raise ConfigError(
-            "hyperparameter_search() makes a new model for each trial, past the method's adapters; try settings in runs "
-            "of their own, as seekr-peft compare does."
+            "hyperparameter_search() makes a new model for each trial, past the method's adapters; try settings in "
+            "runs of their own, as seekr-peft compare does."
         )
 
     def samples_to_draw_from(self) -> Any:

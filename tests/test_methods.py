@@ -695,3 +695,35 @@ def test_a_hybrid_model_selects_only_layers_that_have_attention() -> None:
     do_task(method, "first", FIRST, steps=2)
     assert dict(method.selections[0]) == {1: tuple(range(6)), 3: tuple(range(6))}
     assert any(do_task(method, "second", SECOND, steps=2))
+
+
+def test_eight_bit_rows_pull_at_a_student_that_is_its_teacher_and_sixteen_hardly_do() -> None:
+    norms = {}
+    for dtype in ("uint8", "float16", "float32"):
+        torch.manual_seed(0)
+        method = make_method(storage_dtype=dtype, replay_every=1)
+        do_task(method, "first", FIRST)
+        with method.task("second", replay_from=SECOND):
+            parameters = list(method.stack.parameters().values())
+            with method.replay_terms(method.model) as terms:
+                found = torch.autograd.grad(terms.attention, parameters, allow_unused=True)
+        norms[dtype] = float(torch.stack([g.norm() for g in found if g is not None]).norm())
+    assert 1e-5 < norms["uint8"] < 1e-2
+    assert norms["float16"] < norms["uint8"] / 20 and norms["float32"] < norms["uint8"] / 1000
+
+
+@pytest.mark.parametrize(
+    ("lambda2", "dtype", "on", "warned"),
+    [
+        (100.0, "uint8", True, True),
+        (1000.0, "uint8", True, True),
+        (99.0, "uint8", True, False),
+        (1000.0, "float16", True, False),
+        (1000.0, "uint8", False, False),
+    ],
+)
+def test_a_large_lambda2_over_eight_bit_rows_is_told(
+    lambda2: float, dtype: str, on: bool, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_method(lambda2=lambda2, storage_dtype=dtype, attention_distillation=on)
+    assert ("set storage_dtype to float16" in caplog.text) == warned

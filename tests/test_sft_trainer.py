@@ -14,7 +14,7 @@ from tiny_models import nf4_llama
 from seekr_peft import Seekr, SeekrConfig, Task
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.demo.words import demo_tasks
-from seekr_peft.errors import AdapterError
+from seekr_peft.errors import AdapterError, DataError
 
 # TRL's own default uses the name that transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning")
@@ -168,3 +168,133 @@ def test_an_sft_trainer_outside_of_a_task_is_refused(tmp_path: Path, tasks: list
     method = make_method(demo_model(), tmp_path / "method")
     with pytest.raises(AdapterError, match="outside of a task"):
         sft(method, tasks[0], tokenizer, tmp_path / "out")
+
+
+# Which samples are replayed ---------------------------------------------------------------------------------------
+
+
+def sft_on(method: Any, dataset: Any, tokenizer: Any, folder: Path, **settings: Any) -> Any:
+    pytest.importorskip("trl")
+    from seekr_peft import ContinualSFTTrainer
+
+    return ContinualSFTTrainer(
+        model=method.model, method=method, args=sft_config(folder, **settings), train_dataset=dataset,
+        processing_class=tokenizer,
+    )  # fmt: skip
+
+
+def sft_config(folder: Path, **settings: Any) -> Any:
+    trl = pytest.importorskip("trl")
+    defaults = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "dataloader_pin_memory": False,
+        "max_length": 64,
+    }
+    return trl.SFTConfig(output_dir=str(folder), **{**defaults, **settings})
+
+
+def conversations(task: Task, shape: str) -> Any:
+    from datasets import Dataset
+
+    rows = [(row["prompt"], row["answer"]) for row in task.train]
+    # One that is longer than max_length: cut where it is all trained on, left out where only its answer is.
+    rows[0] = (" ".join([rows[0][0]] * 3), rows[0][1])
+    chats = [([{"role": "user", "content": p}], [{"role": "assistant", "content": a}]) for p, a in rows]
+    if shape == "text":
+        return Dataset.from_list([{"text": f"{p} {a}"} for p, a in rows])
+    if shape == "prompt and completion":
+        return Dataset.from_list([{"prompt": p, "completion": f" {a}"} for p, a in rows])
+    if shape == "messages":
+        return Dataset.from_list([{"messages": [*question, *answer]} for question, answer in chats])
+    return Dataset.from_list([{"prompt": question, "completion": answer} for question, answer in chats])
+
+
+SHAPES = ["text", "prompt and completion", "messages", "chat of prompt and completion"]
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}"
+    "{% else %} {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def stored(method: Any, task: int = -1) -> list[tuple[list[int], list[int]]]:
+    memory = method.memory.tasks[task]
+    samples = [memory.sample(index) for index in range(len(memory))]
+    return [(sample.input_ids.tolist(), sample.labels.tolist()) for sample in samples]
+
+
+def rows_of(dataset: Any) -> list[tuple[list[int], list[int]]]:
+    return [(list(row["input_ids"]), list(row["labels"])) for row in dataset]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("strategy", [None, "bfd", "bfd_split", "wrapped"])
+# TRL advises another attention for packed rows; on a CPU there is none.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_without_replay_from_the_samples_are_those_that_trl_prepared_before_it_packed_them(
+    tmp_path: Path, tasks: list[Task], tokenizer: Any, shape: str, strategy: str | None
+) -> None:
+    trl = pytest.importorskip("trl")
+    tokenizer.chat_template = TEMPLATE
+    dataset = conversations(tasks[0], shape)
+    settings = {"max_length": 26, "assistant_only_loss": shape == "messages"}
+    plain = trl.SFTTrainer(
+        demo_model(), args=sft_config(tmp_path / "plain", **settings), train_dataset=dataset, processing_class=tokenizer
+    )
+    wanted = rows_of(plain.train_dataset)
+    packed = {} if strategy is None else {"packing": True, "packing_strategy": strategy}
+    method = make_method(demo_model(), tmp_path / "method")
+    with method.task("chat"):
+        trainer = sft_on(method, dataset, tokenizer, tmp_path / "out", **settings, **packed)
+        trained_on = rows_of(trainer.train_dataset)
+        trainer.train()
+    found = stored(method)
+    assert len(found) == round(0.2 * len(wanted)) and all(row in wanted for row in found)
+    assert any(-100 in labels for _, labels in found) == (shape != "text")
+    if strategy is None:
+        assert trained_on == wanted
+        return
+    assert len(trained_on) < len(dataset)
+    theirs = trl.SFTTrainer(
+        demo_model(),
+        args=sft_config(tmp_path / "packed", **settings, **packed),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    assert trained_on == rows_of(theirs.train_dataset), "what is trained is what TRL alone would train"
+
+
+def test_rows_that_somebody_packed_before_are_refused_as_replay_samples(
+    tmp_path: Path, tasks: list[Task], tokenizer: Any
+) -> None:
+    trl = pytest.importorskip("trl")
+    packed = trl.pack_dataset(tasks[0].train.select_columns(["input_ids", "labels"]), 40, "bfd")
+    assert len(packed[0]["seq_lengths"]) > 1
+    method = make_method(demo_model(), tmp_path / "method")
+    with pytest.raises(DataError, match=r"sample \d of replay_from is a row of \d samples that were packed together"):
+        with method.task("packed", replay_from=packed):
+            pass
+    assert method.task_names == []
+
+
+@pytest.mark.parametrize("shape", ["prompt and completion", "chat of prompt and completion"])
+def test_two_tasks_from_texts_alone_replay_what_they_trained(
+    tmp_path: Path, tasks: list[Task], tokenizer: Any, shape: str
+) -> None:
+    tokenizer.chat_template = TEMPLATE
+    method = make_method(demo_model(), tmp_path / "method")
+    for task in tasks:
+        with method.task(task.name):
+            trainer = sft_on(method, conversations(task, shape), tokenizer, tmp_path / task.name, logging_steps=1)
+            trainer.train()
+    assert all(trainer.state.log_history[0][name] >= 0 for name in TERMS)
+    assert [len(memory) for memory in method.memory.tasks] == [5, 5]
+    for ids, labels in stored(method, 0):
+        start = next(place for place, label in enumerate(labels) if label != -100)
+        assert ids[start:] == labels[start:] and ids[-1] == tokenizer.eos_token_id
+        assert start == len(ids) - 2, "the answer is one word and the end"

@@ -28,6 +28,10 @@ from .replay import Replay
 
 IMPORTANCE_FILE = "importance.safetensors"
 
+ROUGH_UP_TO = 100.0
+"""The lambda2 from which eight-bit rows are worth a warning. Their rounding leaves a gradient where the student is the
+teacher itself, of about 6e-4 of lambda2, which from there on is as large as a loss's own near its end."""
+
 
 class Seekr(Replay):
     """Selective attention-guided knowledge retention (SEEKR, arXiv 2411.06171) over LoRA adapters.
@@ -48,6 +52,12 @@ class Seekr(Replay):
             logits_distillation=config.logits_distillation and "logits" in self.teacher_signals,
         )
         super().__init__(model, config, **options)
+        if config.attention_distillation and config.lambda2 >= ROUGH_UP_TO and config.storage_dtype == "uint8":
+            logger.warning(
+                "lambda2 is %g: attention rows stored in uint8 pull at a student that meets its teacher exactly (a "
+                "gradient of about 0.0006 of lambda2); set storage_dtype to float16, which takes half as much room again.",
+                config.lambda2,
+            )
         self.importance = ImportanceRecord()
         self.selections: list[HeadSelection] = []
         self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
