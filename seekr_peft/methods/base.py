@@ -19,7 +19,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters import AdapterStack, Mode, RankLimit
+from ..attention.support import base_transformer
 from ..config import SeekrConfig
+from ..effect import probe_tokens, unchanged_outputs
 from ..errors import ConfigError, RunError
 from ..losses import ReplayTerms
 
@@ -128,7 +130,9 @@ class ContinualMethod:
             replay_from: The task's tokenised training set; required by methods with a replay memory.
             optimizer_steps: Length of the training, for a hand-written loop (``ContinualTrainer`` knows it).
 
-        An exception inside the block drops the task's adapter; the earlier tasks stay as they were.
+        An exception inside the block drops the task's adapter; the earlier tasks stay as they were. So does a model
+        whose outputs on a few tokens (of ``replay_from``, or random ones) are others once the task's adapter and the
+        earlier ones are one: see ``effect`` for the tolerance.
         """
         self._check_name(name)
         if (self.uses_replay or self.needs_samples) and replay_from is None:
@@ -143,7 +147,7 @@ class ContinualMethod:
             self.before_training(replay_from)
             self.start_training(optimizer_steps)
             yield self
-            self._finish(name)
+            self._finish(name, replay_from)
         except BaseException:
             if self.stack.current is not None:
                 self.stack.abandon()
@@ -232,7 +236,7 @@ class ContinualMethod:
         tasks = self.directory / "tasks"
         return sorted(path for path in tasks.iterdir() if path.is_dir()) if tasks.is_dir() else []
 
-    def _finish(self, name: str) -> None:
+    def _finish(self, name: str, samples: Any) -> None:
         self.stack.check_frozen_unchanged()
         if self.uses_replay and self.task_names and not self._n_replayed:
             logger.warning(
@@ -250,7 +254,8 @@ class ContinualMethod:
         if self.stack.adopted and not self.task_names:
             self.stack.export(self.directory / ADOPTED_DIRECTORY)
         # What may still fail comes before the task counts as finished, so that it can be dropped as a whole.
-        consolidation = self.stack.finish()
+        rows = probe_tokens(samples, self._vocabulary())
+        consolidation = self.stack.finish(unchanged_outputs(self.model, rows, f"task {name!r}"))
         os.replace(partial, target)
         self.task_names.append(name)
         self.after_saving(target)
@@ -264,6 +269,9 @@ class ContinualMethod:
                 consolidation.worst_module_energy,
             )
         self._write_state(self.directory)
+
+    def _vocabulary(self) -> int:
+        return int(base_transformer(self.model).get_input_embeddings().num_embeddings)
 
     def after_saving(self, directory: Path) -> None:
         """Called when the task's directory is in its final place."""
