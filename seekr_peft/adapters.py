@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -321,7 +321,7 @@ class AdapterStack:
     def _add(self, name: str, config: LoraConfig) -> str:
         """Add an untrained adapter called ``name``, or the next free name after it; returns its name."""
         name = _free_name(name, self.model.peft_config)
-        self.model.add_adapter(name, copy.deepcopy(config))
+        self.model.add_adapter(name, _changed(config))
         missed = self._layers.symmetric_difference(_layers_of(self.model, name))
         if missed:
             self._delete([name])
@@ -419,7 +419,7 @@ class AdapterStack:
 
     def _consolidated_config(self, rank: int) -> LoraConfig:
         # lora_alpha = r gives scaling 1: the old scalings are inside A. A frozen adapter has no dropout.
-        return replace(
+        return _changed(
             self._template,
             r=rank,
             lora_alpha=rank,
@@ -445,6 +445,14 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
+
+
+def _changed(config: LoraConfig, **settings: Any) -> LoraConfig:
+    """A copy with other settings; not made anew, since PEFT then warns again of what it warned of before."""
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    return config
 
 
 def _active(model: PeftModel) -> str:
@@ -506,8 +514,7 @@ def _checked_template(model: PeftModel) -> LoraConfig:
                 f"{config.target_modules!r}{where}), so they cannot become one; use one adapter, or equal "
                 f"target_modules."
             )
-    template = getattr(template, "_seekr_template", template)
-    return replace(copy.deepcopy(template), inference_mode=False)
+    return _changed(getattr(template, "_seekr_template", template), inference_mode=False)
 
 
 def check_summable(model: PeftModel) -> None:

@@ -63,16 +63,17 @@ def unchanged_outputs(model: nn.Module, rows: list[Tensor], what: str) -> Iterat
     yield
     after, _ = _outputs(model, rows)
     worst, typical, whole = _differences(before, after)
-    figure, limit = whole, LOOSE
-    if exact and not whole > LOOSE:
-        figure, limit = (typical if _has_experts(model) else worst), TIGHT
-    # Written so that a difference that is not a number is refused as well.
-    if not figure <= limit:
-        raise AdapterError(
-            f"{what} is refused: on {len(before)} tokens the outputs change by {figure:.2g} of their size when its "
-            f"adapter and the earlier ones become one, and {limit:g} is the most that rounding explains; something "
-            f"other than the B A of plain LoRA acts with them (a hook, a patched layer, a LoRA variant): remove it."
-        )
+    limits = [(whole, LOOSE)]
+    if exact:
+        limits = [(typical, TIGHT), (whole, LOOSE)] if _has_experts(model) else [(worst, TIGHT)]
+    for figure, limit in limits:
+        # Written so that a difference that is not a number is refused as well.
+        if not figure <= limit:
+            raise AdapterError(
+                f"{what} is refused: on {len(before)} tokens the outputs change by {figure:.2g} of their size when its "
+                f"adapter and the earlier ones become one, and {limit:g} is the most that rounding explains; something "
+                f"other than the B A of plain LoRA acts with them (a hook, a patched layer, a LoRA variant): remove it."
+            )
 
 
 def _last_tokens(sample: Any) -> Tensor:

@@ -26,13 +26,17 @@ ANY_VALUE = frozenset(
         "alpha_pattern",
         "auto_mapping",
         "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
         "exclude_modules",
         "fan_in_fan_out",
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",
+        "loftq_config",
         "lora_alpha",
         "lora_dropout",
+        "lora_ga_config",
         "megatron_core",
         "peft_version",
         "qalora_group_size",
@@ -45,7 +49,8 @@ ANY_VALUE = frozenset(
     }
 )
 """They choose the layers, the rank and the scale, which the sum reads from the layers themselves, or have no effect
-without one of the settings that are refused (``megatron_core``, ``qalora_group_size``, ``runtime_config``)."""
+without one of the settings that are refused (those of an initialisation, ``megatron_core``, ``qalora_group_size``,
+``runtime_config``)."""
 
 SOME_VALUES: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -58,14 +63,10 @@ OFF = frozenset(
     {
         "alora_invocation_tokens",
         "arrow_config",
-        "corda_config",
         "ensure_weight_tying",
-        "eva_config",
         "kasa_config",
         "layer_replication",
-        "loftq_config",
         "lora_bias",
-        "lora_ga_config",
         "megatron_config",
         "modules_to_save",
         "monteclora_config",
