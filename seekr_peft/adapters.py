@@ -92,6 +92,7 @@ class AdapterStack:
         self.rank_limit = resolved_rank_limit(rank_limit, own)
         # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
         self._unused: list[str] = []
+        self._configs: dict[str, Any] = dict(model.peft_config)
         self._before: dict[str, Tensor] = {}
         self._frozen_fingerprint = ""
         self._adopt_existing()
@@ -138,9 +139,8 @@ class AdapterStack:
             AdapterError: The earlier adapters changed, or an adapter is no longer one that can be added up.
         """
         current = self._require_current()
-        self._check_own_adapters()
-        check_summable(self.model)
         self.check_frozen_unchanged()
+        check_summable(self.model)
         if self.mode == "continue":
             self.earlier, self._before = current, {}
             self.last_consolidation = Consolidation(self._template.r, 0.0, 0.0)
@@ -156,6 +156,10 @@ class AdapterStack:
     def abandon(self) -> None:
         """Drop the current task's adapter (after an error) and go back to the earlier ones."""
         current = self._require_current()
+        if self._gone():
+            # The model is a later stack's.
+            self.current = None
+            return
         self.current = None
         if any(layer.merged for _, layer in _lora_layers(self.model)):
             self.model.base_model.unmerge_adapter()
@@ -165,7 +169,7 @@ class AdapterStack:
                     value.copy_(self._before[key])
         else:
             self.activate()
-            self.model.base_model.delete_adapter(current)
+            self._delete([current])
         self._before = {}
         self.activate()
 
@@ -209,15 +213,6 @@ class AdapterStack:
         """The frozen sum of the earlier adapters by module path, the scalings inside A; empty when there is none."""
         return {key: value for name in self._frozen_names() for key, value in self._parameters_of(name).items()}
 
-    def _check_own_adapters(self) -> None:
-        own = [name for name in (self.earlier, self.current) if name and name not in self.model.peft_config]
-        if own:
-            raise AdapterError(
-                f"adapter {own[0]!r} of this stack is gone (the model has {', '.join(self.model.peft_config)}): a "
-                f"later method or stack over the same model has taken it over, or it was deleted; go on with the "
-                f"later one."
-            )
-
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that does not hold exactly the current adapter's parameters.
 
@@ -241,7 +236,8 @@ class AdapterStack:
             )
 
     def check_frozen_unchanged(self) -> None:
-        """Raises AdapterError when a frozen adapter is not bitwise what it was when the task began."""
+        """Raises AdapterError when a frozen adapter is not bitwise what it was when the task began, or one is gone."""
+        self._check_own_adapters()
         if self._fingerprint(self._frozen_names()) != self._frozen_fingerprint:
             raise AdapterError(
                 f"the frozen adapter {self.earlier!r} changed while {self.current!r} was trained; the earlier tasks "
@@ -310,6 +306,19 @@ class AdapterStack:
                 self.adopted = True
         self.activate()
 
+    def _check_own_adapters(self) -> None:
+        gone = self._gone()
+        if gone:
+            raise AdapterError(
+                f"adapter {gone[0]!r} of this stack is gone: a later method or stack over the same model has taken it "
+                f"over, or it was deleted; go on with the later one."
+            )
+
+    def _gone(self) -> list[str]:
+        """Own adapters that the model no longer has; another may have got the name."""
+        own = [name for name in (self.current, self.earlier, *self._unused) if name]
+        return [name for name in own if self.model.peft_config.get(name) is not self._configs[name]]
+
     def _require_current(self) -> str:
         if self.current is None:
             raise AdapterError("no task is being trained; use `with seekr.task(name, ...)`.")
@@ -329,11 +338,13 @@ class AdapterStack:
                 f"the model's adapter sits on other layers than its configuration names, such as {min(missed)}, so the "
                 f"tasks' adapters cannot be made like it: two adapters were put into one base; load the base anew."
             )
+        self._configs[name] = self.model.peft_config[name]
         return name
 
     def _delete(self, names: list[str]) -> None:
         for name in names:
             self.model.base_model.delete_adapter(name)
+            self._configs.pop(name, None)
 
     def _show(self, names: list[str]) -> None:
         """Make ``names`` the active adapters, all frozen."""

@@ -138,7 +138,7 @@ def test_whatever_makes_the_sum_another_function_drops_the_task_and_keeps_the_ea
 def test_the_very_first_task_is_checked_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = Sequential(fresh_peft(), directory=tmp_path)
     before = logits_of(method.model)
-    with pytest.raises(AdapterError, match="^task 'first' is refused"), method.task("first"):
+    with pytest.raises(AdapterError, match=r"^task 'first' is refused"), method.task("first"):
         randomise(method.stack.parameters(), 0)
         scaled_branch(method.model, monkeypatch)
     assert torch.equal(logits_of(method.model), before) and method.task_names == []
@@ -172,7 +172,7 @@ def test_a_model_that_diverged_is_refused_before_it_spoils_the_earlier_tasks() -
     method = Sequential(fresh_peft())
     run_task(method, "first")
     before = logits_of(method.model)
-    with pytest.raises(AdapterError, match="^task 'second' is refused: the model's outputs are not finite"):
+    with pytest.raises(AdapterError, match=r"^task 'second' is refused: the model's outputs are not finite"):
         with method.task("second"):
             next(iter(method.stack.parameters().values())).data[0] = float("nan")
     assert torch.equal(logits_of(method.model), before)
@@ -215,7 +215,9 @@ SOUND: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
 def test_a_sound_task_passes_whatever_the_model_is(kind: str, tmp_path: Path) -> None:
     make, lora = SOUND[kind]
     settings = {"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM", "lora_dropout": 0.2, **lora}
-    method = Sequential(get_peft_model(make(tmp_path), LoraConfig(**settings)), directory=tmp_path / "run", rank_limit=6)
+    method = Sequential(
+        get_peft_model(make(tmp_path), LoraConfig(**settings)), directory=tmp_path / "run", rank_limit=6
+    )
     method.model.train()
     for number in range(2):
         run_task(method, str(number), number)
@@ -362,6 +364,6 @@ def test_the_tokens_are_the_ends_of_the_first_samples_without_their_padding() ->
 @pytest.mark.parametrize("dataset", [None, [], iter([1]), [{"text": "x"}], ["x"], [{"input_ids": [[1, 2]]}]], ids=str)
 def test_where_no_tokens_are_shown_random_ones_are_taken_the_same_each_time(dataset: Any) -> None:
     rows = probe_tokens(dataset, 61)
-    assert len(rows) == ROWS and all(0 <= int(row.min()) and int(row.max()) < 61 for row in rows)
+    assert len(rows) == ROWS and all(int(row.min()) >= 0 and int(row.max()) < 61 for row in rows)
     assert len({int(token) for row in rows for token in row}) > 20
     assert all(torch.equal(a, b) for a, b in zip(rows, probe_tokens(None, 61), strict=True))

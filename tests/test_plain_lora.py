@@ -250,7 +250,11 @@ def test_an_initialisation_that_quantises_the_base_is_refused_without_a_way_that
 
 @pytest.mark.parametrize(
     ("task_type", "kind"),
-    [("SEQ_CLS", "sequence classification"), ("TOKEN_CLS", "token classification"), ("QUESTION_ANS", "span extraction")],
+    [
+        ("SEQ_CLS", "sequence classification"),
+        ("TOKEN_CLS", "token classification"),
+        ("QUESTION_ANS", "span extraction"),
+    ],
 )
 def test_a_task_with_a_head_is_refused_as_not_supported_yet_and_not_as_modules_to_save(
     task_type: str, kind: str
@@ -284,7 +288,7 @@ def test_a_kind_of_lora_of_its_own_class_is_refused_by_it() -> None:
 
 def test_a_model_of_mixed_adapters_is_refused_with_how_to_make_it() -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]), mixed=True)
-    with pytest.raises(AdapterError, match="mixes kinds of adapters .* without mixed=True: get_peft_model"):
+    with pytest.raises(AdapterError, match=r"mixes kinds of adapters .* without mixed=True: get_peft_model"):
         AdapterStack(model)  # type: ignore[arg-type]
 
 
@@ -341,7 +345,7 @@ def test_an_adapter_called_like_a_part_of_the_model_is_refused() -> None:
     model = get_peft_model(
         tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), adapter_name="self_attn"
     )
-    with pytest.raises(AdapterError, match="'self_attn' is called like a part of .*give the adapter another name"):
+    with pytest.raises(AdapterError, match=r"'self_attn' is called like a part of .*give the adapter another name"):
         AdapterStack(model)
 
 
