@@ -92,6 +92,7 @@ class AdapterStack:
         self.rank_limit = resolved_rank_limit(rank_limit, own)
         # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
         self._unused: list[str] = []
+        # By identity they tell the own adapters from those that a later stack made under the same names.
         self._configs: dict[str, Any] = dict(model.peft_config)
         self._before: dict[str, Tensor] = {}
         self._frozen_fingerprint = ""
