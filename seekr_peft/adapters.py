@@ -1,8 +1,8 @@
 """``AdapterStack``: one LoRA per task over the frozen sum of the earlier ones. The only file that changes PEFT state.
 
-May import ``errors`` and ``quantized``. Verified with PEFT 0.21.2. Deliberately not used, each measured to go
-wrong: merging into 4-bit weights (the update is rounded away), ``disable_adapter()`` as a switch (it un-freezes every
-active adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter trainable).
+May import ``errors``, ``plain_lora`` and ``quantized``. Verified with PEFT 0.21.2. Deliberately not used, each measured
+to go wrong: merging into 4-bit weights (the update is rounded away), ``disable_adapter()`` as a switch (it un-freezes
+every active adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter trainable).
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import AdapterError
+from .plain_lora import CONFIG_FILE, SEPARATE, WEIGHTS_FILE, why_refused
 from .quantized import keep_differentiable
 
 Mode = Literal["stack", "continue"]
@@ -36,8 +38,6 @@ _SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "
 """What decides the shape and the scale of an adapter's change."""
 
 _ADOPTED = "earlier_00"
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,16 @@ class AdapterStack:
     goes on training through all tasks.
 
     An adapter that the model already carries is kept: untouched (B = 0) it only serves as the template for the
-    tasks' adapters and is removed; trained, it counts as an earlier one.
+    tasks' adapters and is removed; trained, it counts as an earlier one. The stack's own adapters are called task_NN
+    and earlier_NN, or, where the model has such a one already, task_NN_2 and so on.
 
     Raises:
-        AdapterError: The model has no plain LoRA adapter, or one that cannot be summed exactly (DoRA, biases,
-            ``modules_to_save``, embeddings, experts, an initialisation that changes the base weights).
+        AdapterError: The model has no plain LoRA adapter, or one that cannot be summed exactly (see ``plain_lora``;
+            embeddings, experts, merged or hidden adapters).
     """
 
     def __init__(self, model: PeftModel, mode: Mode = "stack", rank_limit: RankLimit = "auto") -> None:
-        if not isinstance(model, PeftModel):
-            raise AdapterError(
-                f"the model is a {type(model).__name__}, not a PeftModel; wrap it first: "
-                f"get_peft_model(model, LoraConfig(...))."
-            )
+        _check_wrapping(model)
         if mode not in ("stack", "continue"):
             raise AdapterError(f"mode must be 'stack' or 'continue', got {mode!r}.")
         if rank_limit not in (None, "auto") and not (isinstance(rank_limit, int) and rank_limit >= 1):
@@ -90,10 +87,13 @@ class AdapterStack:
         """Whether the model carried a trained adapter before the first task; it counts as an earlier one."""
         keep_differentiable(model)
         self._template = _checked_template(model)
+        self._layers = _layers_of(model, _active(model))
         own = max([self._template.r, *(self._template.rank_pattern or {}).values()])
         self.rank_limit = resolved_rank_limit(rank_limit, own)
         # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
         self._unused: list[str] = []
+        # By identity they tell the own adapters from those that a later stack made under the same names.
+        self._configs: dict[str, Any] = dict(model.peft_config)
         self._before: dict[str, Tensor] = {}
         self._frozen_fingerprint = ""
         self._adopt_existing()
@@ -106,6 +106,7 @@ class AdapterStack:
             raise AdapterError(
                 f"task adapter {self.current!r} is still being trained; finish or abandon it before the next task."
             )
+        self._check_own_adapters()
         if self.mode == "continue" and self.earlier is not None:
             self.current = self.earlier
         else:
@@ -129,16 +130,25 @@ class AdapterStack:
         self._show([*self._frozen_names(), self.current])
         self.model.base_model.set_requires_grad(self.current, True)
 
-    def finish(self) -> Consolidation | None:
-        """End the task: check that nothing frozen moved, freeze the adapter and add it to the earlier ones."""
+    def finish(self, check: AbstractContextManager[Any] | None = None) -> Consolidation | None:
+        """End the task: check that nothing frozen moved, freeze the adapter and add it to the earlier ones.
+
+        ``check`` is entered while the earlier and the current adapter act and left while their exact sum does; where
+        it raises, the task is still open and its adapters are as they were. ``mode="continue"`` sums nothing.
+
+        Raises:
+            AdapterError: The earlier adapters changed, or an adapter is no longer one that can be added up.
+        """
         current = self._require_current()
         self.check_frozen_unchanged()
+        check_summable(self.model)
         if self.mode == "continue":
             self.earlier, self._before = current, {}
             self.last_consolidation = Consolidation(self._template.r, 0.0, 0.0)
         else:
             # May run out of memory; until it is done the task can still be abandoned.
-            self.earlier = self._consolidate(f"earlier_{self.n_tasks + 1:02d}", [*self._frozen_names(), current])
+            names = [*self._frozen_names(), current]
+            self.earlier = self._consolidate(f"earlier_{self.n_tasks + 1:02d}", names, check)
         self.n_tasks += 1
         self.current = None
         self.activate()
@@ -147,14 +157,20 @@ class AdapterStack:
     def abandon(self) -> None:
         """Drop the current task's adapter (after an error) and go back to the earlier ones."""
         current = self._require_current()
+        if self._gone():
+            # The model is a later stack's.
+            self.current = None
+            return
         self.current = None
+        if any(layer.merged for _, layer in _lora_layers(self.model)):
+            self.model.base_model.unmerge_adapter()
         if self.mode == "continue" and current == self.earlier:
             with torch.no_grad():
                 for key, value in self._parameters_of(current).items():
                     value.copy_(self._before[key])
         else:
             self.activate()
-            self.model.base_model.delete_adapter(current)
+            self._delete([current])
         self._before = {}
         self.activate()
 
@@ -222,7 +238,8 @@ class AdapterStack:
             )
 
     def check_frozen_unchanged(self) -> None:
-        """Raises AdapterError when a frozen adapter is not bitwise what it was when the task began."""
+        """Raises AdapterError when a frozen adapter is not bitwise what it was when the task began, or one is gone."""
+        self._check_own_adapters()
         if self._fingerprint(self._frozen_names()) != self._frozen_fingerprint:
             raise AdapterError(
                 f"the frozen adapter {self.earlier!r} changed while {self.current!r} was trained; the earlier tasks "
@@ -232,8 +249,22 @@ class AdapterStack:
     # Files ------------------------------------------------------------------------------------------------------
 
     def save_current(self, directory: Path) -> None:
-        """Write the current task's adapter as a plain PEFT adapter directory."""
-        self._save(self._require_current(), directory)
+        """Write the current task's adapter as a plain PEFT adapter directory.
+
+        Raises:
+            AdapterError: The adapter's scaling is not that of its configuration, which is what is written.
+        """
+        current = self._require_current()
+        for path, layer in _lora_layers(self.model):
+            before = layer.scaling.get(current)
+            layer.set_scale(current, 1.0)
+            wanted, layer.scaling[current] = layer.scaling[current], before
+            if before != wanted:
+                raise AdapterError(
+                    f"adapter {current!r} has a scaling of {before:g} at {path} and {wanted:g} by its configuration, "
+                    f"which is all that its files say; undo what rescaled it, or set lora_alpha before the task."
+                )
+        self._save(current, directory)
 
     def load_current(self, checkpoint: Path) -> None:
         """Bring the current task's adapter back to what a ``save_pretrained`` of the whole model wrote, a folder an
@@ -255,11 +286,10 @@ class AdapterStack:
         ``adopted`` is the directory of a trained adapter that the first model carried, unless this one carries it too.
         """
         if adopted is not None and self.mode == "stack" and not self.adopted:
-            self._add(_ADOPTED, self._consolidated_config(_saved_rank(adopted)))
-            _load(self.model, _ADOPTED, adopted)
-            for unused in self._unused:
-                self.model.base_model.delete_adapter(unused)
-            self._unused, self.earlier, self.adopted = [], _ADOPTED, True
+            name = self._add(_ADOPTED, self._consolidated_config(_saved_rank(adopted)))
+            _load(self.model, name, adopted)
+            self._delete(self._unused)
+            self._unused, self.earlier, self.adopted = [], name, True
             self.activate()
         for directory in directories if self.mode == "stack" else directories[-1:]:
             self.begin()
@@ -285,6 +315,19 @@ class AdapterStack:
                 self.adopted = True
         self.activate()
 
+    def _check_own_adapters(self) -> None:
+        gone = self._gone()
+        if gone:
+            raise AdapterError(
+                f"adapter {gone[0]!r} of this stack is gone: a later method or stack over the same model has taken it "
+                f"over, or it was deleted; go on with the later one."
+            )
+
+    def _gone(self) -> list[str]:
+        """Own adapters that the model no longer has; another may have got the name."""
+        own = [name for name in (self.current, self.earlier, *self._unused) if name]
+        return [name for name in own if self.model.peft_config.get(name) is not self._configs[name]]
+
     def _require_current(self) -> str:
         if self.current is None:
             raise AdapterError("no task is being trained; use `with seekr.task(name, ...)`.")
@@ -294,8 +337,23 @@ class AdapterStack:
         return [self.earlier] if self.earlier and self.earlier != self.current else []
 
     def _add(self, name: str, config: LoraConfig) -> str:
-        self.model.add_adapter(name, copy.deepcopy(config))
+        """Add an untrained adapter called ``name``, or the next free name after it; returns its name."""
+        name = _free_name(name, self.model.peft_config)
+        self.model.add_adapter(name, _changed(config))
+        missed = self._layers.symmetric_difference(_layers_of(self.model, name))
+        if missed:
+            self._delete([name])
+            raise AdapterError(
+                f"the model's adapter sits on other layers than its configuration names, such as {min(missed)}, so the "
+                f"tasks' adapters cannot be made like it: two adapters were put into one base; load the base anew."
+            )
+        self._configs[name] = self.model.peft_config[name]
         return name
+
+    def _delete(self, names: list[str]) -> None:
+        for name in names:
+            self.model.base_model.delete_adapter(name)
+            self._configs.pop(name, None)
 
     def _show(self, names: list[str]) -> None:
         """Make ``names`` the active adapters, all frozen."""
@@ -318,23 +376,25 @@ class AdapterStack:
         for name in names:
             for value in self._parameters_of(name).values():
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(str([layer.scaling.get(name) for _, layer in _lora_layers(self.model)]).encode())
         return digest.hexdigest()
 
-    def _consolidate(self, name: str, names: list[str]) -> str:
-        """Replace the adapters ``names`` by one called ``name``; nothing has changed yet if the arithmetic fails."""
+    def _consolidate(self, name: str, names: list[str], check: AbstractContextManager[Any] | None = None) -> str:
+        """Replace the adapters ``names`` by one called ``name``; nothing has changed yet if the arithmetic or the
+        ``check`` fails."""
         factors = {path: _summed_factors(layer, names) for path, layer in _lora_layers(self.model)}
-        rank = max(a.shape[0] for a, _ in factors.values())
-        discarded = [(0.0, 1.0)]
-        if self.rank_limit is not None and rank > self.rank_limit:
-            truncated = {path: _truncate(a, b, self.rank_limit) for path, (a, b) in factors.items()}
-            factors = {path: (a, b) for path, (a, b, _, _) in truncated.items()}
-            discarded = [(lost, total) for _, _, lost, total in truncated.values()]
+        rank, discarded = max(a.shape[0] for a, _ in factors.values()), [(0.0, 1.0)]
+        if self.rank_limit is None or rank <= self.rank_limit:
+            summed = self._add_checked(name, factors, check) if check else self._add_sum(name, factors)
+        else:
+            if check is not None:
+                self._check_sum(factors, check)
             rank = self.rank_limit
-        self._add(name, self._consolidated_config(rank))
-        _fill(self.model, name, factors)
-        self.model.set_adapter(name)
-        for old in [*names, *self._unused]:
-            self.model.base_model.delete_adapter(old)
+            truncated = {path: _truncate(a, b, rank) for path, (a, b) in factors.items()}
+            discarded = [(lost, total) for _, _, lost, total in truncated.values()]
+            summed = self._add_sum(name, {path: (a, b) for path, (a, b, _, _) in truncated.items()})
+        self.model.set_adapter(summed)
+        self._delete([*names, *self._unused])
         self._unused = []
         total = sum(total for _, total in discarded)
         self.last_consolidation = Consolidation(
@@ -342,11 +402,43 @@ class AdapterStack:
             sum(lost for lost, _ in discarded) / max(total, 1e-30),
             max(lost / max(total, 1e-30) for lost, total in discarded),
         )
+        return summed
+
+    def _check_sum(self, factors: dict[str, tuple[Tensor, Tensor]], check: AbstractContextManager[Any]) -> None:
+        """Let the exact sum act for ``check`` alone: what truncation changes afterwards, it reports itself."""
+        # Drawing the start of one adapter more would give the next task's another one.
+        with torch.random.fork_rng(devices=[]):
+            summed = self._add_checked("sum", factors, check)
+        self.activate()
+        self._delete([summed])
+
+    def _add_checked(
+        self, name: str, factors: dict[str, tuple[Tensor, Tensor]], check: AbstractContextManager[Any]
+    ) -> str:
+        """Add the adapter of ``factors``, which acts alone at the end of ``check`` and is removed where that fails."""
+        summed = ""
+        try:
+            with check:
+                summed = self._add_sum(name, factors)
+                self.model.set_adapter(summed)
+                self._show([summed])
+        except BaseException:
+            self.activate()
+            self._delete([summed] if summed else [])
+            raise
+        return summed
+
+    def _add_sum(self, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> str:
+        rank = max(a.shape[0] for a, _ in factors.values())
+        name = self._add(name, self._consolidated_config(rank))
+        # A later stack over this model makes its tasks' adapters like this one's, not like their sum.
+        self.model.peft_config[name]._seekr_template = self._template  # type: ignore[attr-defined]
+        _fill(self.model, name, factors)
         return name
 
     def _consolidated_config(self, rank: int) -> LoraConfig:
         # lora_alpha = r gives scaling 1: the old scalings are inside A. A frozen adapter has no dropout.
-        return replace(
+        return _changed(
             self._template,
             r=rank,
             lora_alpha=rank,
@@ -374,61 +466,177 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield path, module
 
 
+def _changed(config: LoraConfig, **settings: Any) -> LoraConfig:
+    """A copy with other settings; not made anew, since PEFT then warns again of what it warned of before."""
+    config = copy.deepcopy(config)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    return config
+
+
+def _active(model: PeftModel) -> str:
+    """The adapter whose configuration the model's forward reads."""
+    return model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+
+
+def _layers_of(model: nn.Module, name: str) -> set[str]:
+    return {path for path, layer in _lora_layers(model) if name in (*layer.lora_A, *layer.lora_embedding_A)}
+
+
+def _free_name(name: str, taken: Any) -> str:
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def _check_wrapping(model: Any) -> None:
+    """AdapterError unless ``model`` is a PeftModel around a base without any adapter of its own."""
+    wrap = "get_peft_model(base, LoraConfig(...))"
+    if isinstance(model, PeftMixedModel):
+        raise AdapterError(f"the model mixes kinds of adapters (PeftMixedModel); make it without mixed=True: {wrap}.")
+    if not isinstance(model, PeftModel):
+        raise AdapterError(f"the model is a {type(model).__name__}, not a PeftModel; wrap it first: {wrap}.")
+    base = model.get_base_model()
+    if isinstance(base, PeftModel):
+        raise AdapterError(
+            f"the model is a PeftModel around another PeftModel, whose adapter PEFT replaces or leaves out; give the "
+            f"one that has the adapter to go on from, or a new one over the base alone: {wrap}."
+        )
+    check_no_hidden_adapter(base)
+
+
+def check_no_hidden_adapter(base: nn.Module) -> None:
+    """AdapterError when transformers has put an adapter into ``base`` itself, as it does for a folder that holds one
+    beside the weights: PEFT's next adapter would replace it or leave it out without a word."""
+    # transformers' mark of it (5.23); there is no public one.
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise AdapterError(
+            f"the base model {getattr(base, 'name_or_path', '') or type(base).__name__} was loaded with an adapter of "
+            f"its own ({CONFIG_FILE} beside the weights, load_adapter() or add_adapter()), which a PeftModel around it "
+            f"would replace or leave out; {SEPARATE}."
+        )
+
+
 def _checked_template(model: PeftModel) -> LoraConfig:
     """The configuration of the active adapter; every adapter of the model must be one that can be added up."""
     check_summable(model)
-    active = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+    active = _active(model)
     template: Any = model.peft_config[active]
     for name, config in model.peft_config.items():
-        if _names(config.target_modules) != _names(template.target_modules):
+        apart = _layers_of(model, name) ^ _layers_of(model, active)
+        if apart or _names(config.target_modules) != _names(template.target_modules):
+            where = f", which differ at {min(apart)}" if apart else ""
             raise AdapterError(
                 f"adapters {active!r} and {name!r} sit on different modules ({template.target_modules!r} and "
-                f"{config.target_modules!r}), so they cannot become one; use one adapter, or equal target_modules."
+                f"{config.target_modules!r}{where}), so they cannot become one; use one adapter, or equal "
+                f"target_modules."
             )
-    return replace(copy.deepcopy(template), inference_mode=False)
+    return _changed(getattr(template, "_seekr_template", template), inference_mode=False)
 
 
 def check_summable(model: PeftModel) -> None:
     """AdapterError for an adapter whose change is no plain B A of a linear layer."""
-    for name in model.peft_config:
-        _check_summable(model, name)
+    for name, config in model.peft_config.items():
+        _check_kind(name, config)
+        for path, layer in _lora_layers(model):
+            _check_no_experts(name, path, layer)
+        _check_settings(name, config)
+        for path, layer in _lora_layers(model):
+            if name in (*layer.lora_A, *layer.lora_embedding_A):
+                _check_layer(name, path, layer)
 
 
-def _check_summable(model: PeftModel, name: str) -> None:
-    config: Any = model.peft_config[name]
-    if not isinstance(config, LoraConfig):
+def _check_kind(name: str, config: Any) -> None:
+    # AdaLoraConfig is a LoraConfig, too.
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise AdapterError(
             f"adapter {name!r} is {type(config).__name__}; only LoRA adapters can be stacked, use LoraConfig."
         )
-    refused = {
-        "use_dora": config.use_dora,
-        "modules_to_save": config.modules_to_save,
-        "layer_replication": config.layer_replication,
-        "trainable_token_indices": config.trainable_token_indices,
-        "bias": None if config.bias == "none" else config.bias,
-        "lora_bias": config.lora_bias,
-        "init_lora_weights": None
-        if config.init_lora_weights in (True, False, "gaussian", "orthogonal")
-        else config.init_lora_weights,
+
+
+def _check_no_experts(name: str, path: str, layer: Any) -> None:
+    # PEFT wraps parameters of a router or of experts, whose factors lie in one A and one B and do not add up by
+    # joining their ranks.
+    if hasattr(layer, "num_experts"):
+        raise AdapterError(
+            f"adapter {name!r} sits on the experts or their router, {path}, which cannot be added up exactly; give "
+            f"target_modules of linear layers, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+        )
+
+
+def _check_settings(name: str, config: LoraConfig) -> None:
+    for key, (value, default) in _settings(config).items():
+        why = why_refused(key, value, default)
+        if why:
+            raise AdapterError(f"adapter {name!r} has {key}={getattr(value, 'value', value)!r}, {why}")
+
+
+def _settings(config: LoraConfig) -> dict[str, tuple[Any, Any]]:
+    """Value and default of every setting; one that PEFT has put beside the fields counts as None by default."""
+    settings = {
+        field.name: (
+            getattr(config, field.name),
+            field.default if field.default_factory is MISSING else field.default_factory(),
+        )
+        for field in fields(config)
     }
-    for key, value in refused.items():
-        if value:
-            raise AdapterError(
-                f"adapter {name!r} has {key}={value!r}, so its change is not a plain B A that can be added up exactly; "
-                f"use a LoraConfig without {key}."
-            )
-    for path, layer in _lora_layers(model):
-        if len(layer.lora_embedding_A) or any(m.weight.dim() != 2 for m in layer.lora_A.values()):
-            raise AdapterError(
-                f"adapter {name!r} sits on {path}, which is no linear layer; use target_modules='all-linear'."
-            )
-        # PEFT wraps parameters of a router or of experts, whose factors lie in one A and one B and do not add up by
-        # joining their ranks.
-        if hasattr(layer, "num_experts"):
-            raise AdapterError(
-                f"adapter {name!r} sits on the experts or their router, {path}, which cannot be added up exactly; give "
-                f"target_modules of linear layers, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
-            )
+    beside = {key: (value, None) for key, value in vars(config).items() if key not in settings and key[0] != "_"}
+    return {**settings, **beside}
+
+
+def _check_layer(name: str, path: str, layer: Any) -> None:
+    base = layer.get_base_layer()
+    kind = type(base).__name__
+    if name not in layer.lora_A or not (isinstance(base, (nn.Linear, Conv1D)) or "Linear" in kind):
+        raise AdapterError(
+            f"adapter {name!r} sits on {path}, which is no linear layer but {kind}; use target_modules='all-linear'."
+        )
+    if name in path.split("."):
+        raise AdapterError(
+            f"adapter {name!r} is called like a part of {path}, so PEFT cannot tell their weights apart when it saves "
+            f"them; give the adapter another name."
+        )
+    special = _special_parts(name, layer)
+    if special:
+        raise AdapterError(
+            f"adapter {name!r} computes {special} at {path}, not a plain B A that can be added up exactly over the "
+            f"tasks; use a LoraConfig without it."
+        )
+    if layer.merged:
+        raise AdapterError(
+            f"adapter {layer.merged_adapters[0]!r} is merged into the base weights at {path}, so that no other can "
+            f"act; call model.unmerge_adapter() first."
+        )
+    if layer.disable_adapters:
+        raise AdapterError(
+            f"the adapters are switched off at {path}, so nothing would be learnt; call "
+            f"model.base_model.enable_adapter_layers() first."
+        )
+
+
+_PLAIN_PARTS = {"base_layer", "lora_A", "lora_B", "lora_dropout"}
+
+
+def _special_parts(name: str, layer: Any) -> str:
+    """What a layer computes for an adapter beside B A, in PEFT's words; "" for nothing.
+
+    PEFT keeps each kind's parameters in containers by adapter name, and its computation in ``lora_variant``.
+    """
+    variant = getattr(layer, "lora_variant", {}).get(name)
+    if variant is not None:
+        return type(variant).__name__
+    if not type(layer).__module__.startswith("peft.tuners.lora"):
+        return type(layer).__qualname__
+    for key, child in layer.named_children():
+        if key not in _PLAIN_PARTS and isinstance(child, (nn.ModuleDict, nn.ParameterDict)) and name in child:
+            return key
+    for side in ("lora_A", "lora_B"):
+        factor = getattr(layer, side)[name]
+        if type(factor) is not nn.Linear or factor.bias is not None:
+            return f"{side} with a bias" if type(factor) is nn.Linear else type(factor).__name__
+    return ""
 
 
 def _is_trained(model: nn.Module, name: str) -> bool:

@@ -69,7 +69,7 @@ class SeekrConfig:
     future keys (5 to 92 % of its sum): the two agree only where nothing is padded and few keys are masked."""
 
     accumulate: Accumulate = "product_of_sums"
-    """Importance over tasks: (sum S) * (sum F) as in the paper, or sum (S * F), the order of the released code's sum."""
+    """Importance over tasks: (sum S) * (sum F) as in the paper, or sum (S * F), the released code's order."""
 
     sensitivity_queries: Literal["selected", "all"] = "selected"
     """Attention rows that the sensitivity is summed over: the drawn query positions, or every position."""
@@ -108,8 +108,8 @@ class SeekrConfig:
     ``logit_top_k`` allow more entries than hold it, no more are stored."""
 
     storage_dtype: Literal["uint8", "float16", "float32"] = "uint8"
-    """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact. From
-    a ``lambda2`` of 100 on the rounding of uint8 is worth a warning: take float16."""
+    """Type of the stored probabilities. uint8 holds their logarithms, to 2.4 % (1e-4 nats of KL); float32 is exact.
+    From a ``lambda2`` of 100 on the rounding of uint8 is worth a warning: take float16."""
 
     lwf_lambda: float = 1.0
     """Method lwf: weight of the distillation on the new task's samples. Paper (arXiv 1606.09282): 1."""

@@ -1,4 +1,7 @@
-"""Load a recipe's base model, tokenizer and LoRA adapter. May import ``recipe``, ``tasks`` and ``errors``."""
+"""Load a recipe's base model, tokenizer and LoRA adapter.
+
+May import ``adapters``, ``recipe``, ``tasks`` and ``errors``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from .adapters import check_no_hidden_adapter
 from .errors import ConfigError
 from .recipe import DEMO, ModelSection, Recipe
 from .tasks import prepare_tokenizer
@@ -35,6 +39,7 @@ def load_model(recipe: Recipe) -> tuple[PeftModel, Any]:
     except (OSError, ValueError, ImportError) as error:
         detail = " ".join(str(error).split())
         raise ConfigError(f"model.name_or_path: {name} cannot be loaded: {detail}") from error
+    check_no_hidden_adapter(base)
     base.config.use_cache = False
     if recipe.model.quantization != "none":
         # PEFT's own default is reentrant checkpointing, under which a captured attention has no gradient.

@@ -1,5 +1,5 @@
 """Recipes: a YAML file checked in full before anything is loaded, every problem at once. May import ``config``,
-``library_settings``, ``tasks``, ``evaluation.general`` and ``errors``."""
+``library_settings``, ``plain_lora``, ``tasks``, ``evaluation.general`` and ``errors``."""
 
 import math
 import os
@@ -16,6 +16,7 @@ from .config import SeekrConfig, unknown_key
 from .errors import ConfigError
 from .library_settings import Setting, lora_settings, training_choices, training_settings
 from .method_names import ADAPTER_MODES, method_names
+from .plain_lora import adapter_in_base, why_refused
 
 if TYPE_CHECKING:
     from .evaluation.general import GeneralTest
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 DEMO = "demo"
 """As ``model.name_or_path`` and ``tasks.format``: the model and tasks that ship with the package."""
 
-_NOT_SUMMABLE = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "bias", "lora_bias")
 Count = Annotated[int, Field(ge=1, strict=True)]
 # numpy takes 32 bits, and a task's index is added.
 Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -422,7 +422,7 @@ def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
     adapter = mapping.get("adapter", {})
     if not isinstance(adapter, dict):
         return []
-    known = list(lora_settings())
+    known = lora_settings()
     own = list(AdapterSection.model_fields)
     problems = [unknown_key(key, [*own, *known], "adapter.") for key in adapter if key not in (*own, *known)]
     r, alpha, dropout = adapter.get("r", 1), adapter.get("lora_alpha", 1), adapter.get("lora_dropout", 0.0)
@@ -432,12 +432,18 @@ def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
         problems.append(f"adapter.lora_alpha must be a number of at least 1, got {alpha!r}.")
     if not _is_number(dropout) or not 0 <= dropout < 1:
         problems.append(f"adapter.lora_dropout must be a number in [0, 1), got {dropout!r}.")
-    refused = [key for key in _NOT_SUMMABLE if adapter.get(key) not in (None, False, "none")]
-    problems += [
-        f"adapter.{key} is {adapter[key]!r}, whose change cannot be added up over the tasks; leave it out."
-        for key in refused
-    ]
+    for key in [key for key in adapter if key in known]:
+        why = _why_refused(key, adapter[key], known[key].default)
+        if why:
+            problems.append(f"adapter.{key} is {adapter[key]!r}, {why}")
     return problems
+
+
+def _why_refused(key: str, value: Any, default: Any) -> str | None:
+    why = why_refused(key, value, default)
+    if key == "task_type" and not why and value not in (None, "CAUSAL_LM"):
+        return "but a run trains a causal language model; leave it out, which means CAUSAL_LM."
+    return why
 
 
 def _model_problems(mapping: dict[str, Any]) -> list[str]:
@@ -447,6 +453,9 @@ def _model_problems(mapping: dict[str, Any]) -> list[str]:
         return [f"model.name_or_path: {name} is no folder and no owner/name on the hub; did you mean {DEMO}?"]
     if name == DEMO or not looks_local:
         return []
+    beside = adapter_in_base(Path(name).expanduser())
+    if beside:
+        return [f"model.name_or_path: {name} {beside}"]
     if not (Path(name).expanduser() / "config.json").is_file():
         return [f"model.name_or_path: {name} has no config.json; give a model folder or a name on the hub."]
     return []

@@ -47,8 +47,8 @@ def score_heads(
     Forgettability: mean over samples of ||A^k - A^(k-1)||_F over the sample's queries, from two forwards with
     different adapters active. Sensitivity: mean over samples of ||dL/dA||_F over the same queries (or all of them),
     where L is the sample's loss; from the gradient of each layer's attention output, so that no T x T array exists.
-    ``norm="mean_square"`` takes the mean of squares over the sample's (queries x keys) instead. The released code's mean
-    square also counts masked future keys and padding, and always every query; nothing here does.
+    ``norm="mean_square"`` takes the mean of squares over the sample's (queries x keys) instead. The released code's
+    also counts masked future keys and padding, and always every query; nothing here does.
 
     Source: SEEKR (arXiv 2411.06171), section 3.2.
     """

@@ -16,7 +16,7 @@ SOURCE = Path(seekr_peft.__file__).parent
 
 # A module imports only from levels above its own line. Two names on one line do not know each other.
 LEVELS = [
-    {"errors", "peak_memory", "library_settings", "method_names"},
+    {"errors", "peak_memory", "library_settings", "method_names", "plain_lora"},
     {"config", "progress", "costs", "devices", "divergence", "inputs"},
     {"heads"},
     {"attention", "tasks"},
@@ -25,7 +25,7 @@ LEVELS = [
     {"memory", "evaluation.general"},
     {"quantized"},
     {"adapters"},
-    {"scoring"},
+    {"scoring", "effect"},
     {"methods"},
     {"trainer"},
     {"sft_trainer", "demo.words"},

@@ -19,7 +19,8 @@ from seekr_peft import cli
 from seekr_peft.compare import plan_comparison
 from seekr_peft.demo.run import demo_recipe
 from seekr_peft.errors import ConfigError
-from seekr_peft.library_settings import training_choices
+from seekr_peft.library_settings import Setting, lora_settings, training_choices
+from seekr_peft.plain_lora import OFF
 from seekr_peft.recipe import Recipe, general_tests, load_recipe, save_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
@@ -221,6 +222,60 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
 )
 def test_a_wrong_value_is_one_sentence_with_its_place(sections: dict[str, Any], message: str) -> None:
     assert problems(recipe(**sections)) == [message]
+
+
+@pytest.mark.parametrize("key", sorted(OFF))
+def test_a_setting_of_lora_that_is_no_plain_sum_is_refused_by_name_and_passes_where_it_is_off(key: str) -> None:
+    (problem,) = problems(recipe(adapter={key: {"nblocks": 2}}))
+    assert problem.startswith(f"adapter.{key} is {{'nblocks': 2}}, whose change cannot be added up over the tasks; ")
+    assert problem.endswith(".") and "leave" in problem
+    for off in (None, False, []):
+        load_recipe(recipe(adapter={key: off}))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"bias": "all"}, "adapter.bias is 'all', whose change .*; use bias='none', which adapts the weights alone."),
+        ({"init_lora_weights": "pissa_niter_4"}, "is 'pissa_niter_4', which moves part of the base's own weights"),
+        ({"init_lora_weights": "eva"}, "is 'eva', which would have to be computed anew for each task's adapter"),
+        ({"init_lora_weights": "loftq"}, "is 'loftq', which replaces the base's weights by others"),
+        ({"init_lora_weights": "new_one"}, "is 'new_one', whose change .* use init_lora_weights=True."),
+        ({"task_type": "SEQ_CLS"}, "is 'SEQ_CLS', .* sequence classification with a head of its own is not supported"),
+        ({"task_type": "TOKEN_CLS"}, "is 'TOKEN_CLS', .* token classification with a head of its own is not"),
+        ({"task_type": "QUESTION_ANS"}, "is 'QUESTION_ANS', .* span extraction with a head of its own is not"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "is 'SEQ_2_SEQ_LM', but a run trains a causal language model; leave it out"),
+        ({"task_type": "FEATURE_EXTRACTION"}, "is 'FEATURE_EXTRACTION', but a run trains a causal language model"),
+        ({"task_type": "CAUSAL"}, "is 'CAUSAL', which is none of CAUSAL_LM, .*; use task_type='CAUSAL_LM'."),
+        ({"peft_type": "IA3"}, "adapter.peft_type is 'IA3', whose change"),
+    ],
+    ids=str,
+)
+def test_what_the_stack_would_refuse_is_refused_by_the_recipe_already(adapter: dict, message: str) -> None:
+    (problem,) = problems(recipe(adapter=adapter))
+    assert re.search(message, problem), problem
+
+
+def test_a_setting_of_a_later_peft_is_refused_unless_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = {**lora_settings(), "use_something_new": Setting("str | None", None), "safe_sums": Setting("bool", True)}
+    monkeypatch.setattr("seekr_peft.recipe.lora_settings", lambda: later)
+    load_recipe(recipe(adapter={"use_something_new": None, "safe_sums": True}))
+    first, second = problems(recipe(adapter={"use_something_new": "on", "safe_sums": False}))
+    assert first.startswith("adapter.use_something_new is 'on', whose change cannot be added up over the tasks; this")
+    assert second.endswith("does not know safe_sums: leave it at its default, True.")
+
+
+def test_settings_of_lora_that_are_plain_pass() -> None:
+    plain = {
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 4},
+        "alpha_pattern": {"q_proj": 4},
+        "exclude_modules": ["k_proj"],
+        "init_lora_weights": "gaussian",
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    assert load_recipe(recipe(adapter=plain)).adapter.lora().items() >= plain.items()
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters import AdapterStack, Mode, RankLimit
+from ..attention.support import base_transformer
 from ..config import SeekrConfig
 from ..devices import check_one_process
 from ..divergence import Moment, check_adapter
+from ..effect import probe_tokens, unchanged_outputs
 from ..errors import ConfigError, RunError
 from ..losses import ReplayTerms
 from .own_loop import GivenGradient, StepCounter
@@ -92,6 +94,7 @@ class ContinualMethod:
         self.current_task: str | None = None
         self.awaits_samples = False
         """Whether the open task still has to be told its training samples; see ``draw_from``."""
+        self._training_set: Any = None
         self._n_replayed = 0
         self._steps = StepCounter(())
 
@@ -135,13 +138,16 @@ class ContinualMethod:
                 out; in a hand-written loop methods with a replay memory need it.
             optimizer_steps: Length of the training, for a hand-written loop (``ContinualTrainer`` knows it).
 
-        An exception inside the block drops the task's adapter; the earlier tasks stay as they were.
+        An exception inside the block drops the task's adapter; the earlier tasks stay as they were. So does a model
+        whose outputs on a few tokens (of its training set, or random ones) are others once the task's adapter and the
+        earlier ones are one: see ``effect`` for the tolerance.
         """
         self._check_name(name)
         check_one_process()
         self.stack.begin()
         self.current_task = name
         self._n_replayed = 0
+        self._training_set = replay_from
         self.awaits_samples = replay_from is None and (self.uses_replay or self.needs_samples)
         self._steps = StepCounter(self.stack.parameters().values())
         try:
@@ -159,12 +165,15 @@ class ContinualMethod:
         finally:
             self.current_task = None
             self.awaits_samples = False
+            self._training_set = None
 
     def draw_from(self, training_set: Any) -> None:
         """Take the task's samples from ``training_set`` where ``task`` was not told ``replay_from``.
 
         Trainers call this with the set that they train on, tokenised and not packed.
         """
+        if self._training_set is None:
+            self._training_set = training_set
         if self.awaits_samples:
             self.before_training(training_set)
             self.awaits_samples = False
@@ -285,7 +294,8 @@ class ContinualMethod:
         if self.stack.adopted and not self.task_names:
             self.stack.export(self.directory / ADOPTED_DIRECTORY)
         # What may still fail comes before the task counts as finished, so that it can be dropped as a whole.
-        consolidation = self.stack.finish()
+        rows = probe_tokens(self._training_set, self._vocabulary())
+        consolidation = self.stack.finish(unchanged_outputs(self.model, rows, f"task {name!r}"))
         os.replace(partial, target)
         self.task_names.append(name)
         self.after_saving(target)
@@ -299,6 +309,9 @@ class ContinualMethod:
                 consolidation.worst_module_energy,
             )
         self._write_state(self.directory)
+
+    def _vocabulary(self) -> int:
+        return int(base_transformer(self.model).get_input_embeddings().num_embeddings)
 
     def after_saving(self, directory: Path) -> None:
         """Called when the task's directory is in its final place."""

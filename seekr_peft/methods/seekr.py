@@ -55,7 +55,7 @@ class Seekr(Replay):
         if config.attention_distillation and config.lambda2 >= ROUGH_UP_TO and config.storage_dtype == "uint8":
             logger.warning(
                 "lambda2 is %g: attention rows stored in uint8 pull at a student that meets its teacher exactly (a "
-                "gradient of about 0.0006 of lambda2); set storage_dtype to float16, which takes half as much room again.",
+                "gradient of about 0.0006 of lambda2); set storage_dtype to float16 (half as much room again).",
                 config.lambda2,
             )
         self.importance = ImportanceRecord()
