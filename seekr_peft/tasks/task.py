@@ -183,8 +183,8 @@ class Task:
         `max_length` tokens and were shortened. `test` stays text. Conversations become exactly what TRL's SFTTrainer
         trains on for the same prompt and completion.
 
-        Where a tokenizer joins characters across the place at which a prompt ends, an answer's tokens are not those of
-        the whole text; how many that are is logged.
+        Where a tokenizer joins characters across the end of a prompt, or puts spaces where the text has none, an
+        answer's tokens are not those of the whole text; how many samples that are is logged.
 
         Raises:
             DataError: a tokenizer without an end-of-sequence token, or without a chat template for conversations; an
@@ -211,7 +211,7 @@ class Task:
             f"Task '{self.name}': {cut} of {len(encoded)} training samples did not fit in "
             f"{max_length} tokens and were shortened.",
         )
-        self._tell_joined(sum(not sample.own for sample in encoded), len(encoded))
+        self._tell_foreign(sum(not sample.own for sample in encoded), len(encoded))
         if tokens.codec.endless_template:
             logger.warning(
                 f"Task '{self.name}': the tokenizer's chat template ends an answer with no token of its own, so the "
@@ -235,12 +235,11 @@ class Task:
         object.__setattr__(self, "_room", (tokenizer, len(tokenizer), max_length, room))
         return room
 
-    def _tell_joined(self, joined: int, total: int) -> None:
-        if joined:
+    def _tell_foreign(self, foreign: int, total: int) -> None:
+        if foreign:
             logger.warning(
-                f"Task '{self.name}': the tokenizer joins the end of {joined} of {total} training prompts with their "
-                f"answers, so that these were given tokens that are not those of the whole text, though they read the "
-                f"same; end the prompts with a word, and begin the answers with one."
+                f"Task '{self.name}': for {foreign} of {total} training samples the tokenizer's tokens of the whole "
+                f"text do not part where the prompt ends, or do not read back as that text; others that do are trained."
             )
 
     def fingerprint(self) -> str:

@@ -175,7 +175,7 @@ class TextCodec:
         for index, (question, own_prompt, whole, tail) in enumerate(
             zip(questions, prompt_ids, wholes, tails, strict=True)
         ):
-            ids, own = self._cut(own_prompt, whole, tail)
+            ids, own = self._cut(question, own_prompt, whole, tail)
             if question.conversation is None:
                 self._refuse_end(ids, answers[index], f"{place} {index}")
                 ids = [*ids, self._tokenizer.eos_token_id]
@@ -194,14 +194,10 @@ class TextCodec:
         of its own and special tokens stay.
         """
         end = next((place for place, index in enumerate(ids) if index in self.ends), len(ids))
-        before, text = self._following(list(context), list(ids[:end]))
+        text = self._following(question, list(context), list(ids[:end]))
         marker = question.ending.strip() or question.ending
         if marker:
             text = text.split(marker, 1)[0]
-        at_end = _WHITESPACE_AT_END.search(question.head)
-        if at_end and not before.endswith(at_end.group()[-1]):
-            # A tokenizer of words: its decoding puts a space between any two.
-            text = text.removeprefix(" ")
         return question.without_lead(text).rstrip()
 
     def reference(self, question: Question, answer: str) -> str:
@@ -227,8 +223,8 @@ class TextCodec:
         ids = dict(zip(texts, self._ids(texts), strict=True))
         for end in new:
             continued = [ids[end + more] for more in _CONTINUATIONS]
-            # The longest of those whose tokens stay when most kinds of answers follow.
-            kept = max(heads[end], key=lambda head: (sum(_starts(whole, ids[head]) for whole in continued), len(head)))
+            # The first whose tokens stay whatever follows, or nearly so.
+            kept = max(heads[end], key=lambda head: sum(_starts(whole, ids[head]) for whole in continued))
             self._moved[end] = len(end) - len(kept)
 
     def _chat_question(self, conversation: Conversation, place: str) -> Question:
@@ -285,29 +281,32 @@ class TextCodec:
         if self._tokenizer.eos_token_id in ids:
             raise _ended_early(place, answer, self._tokenizer.eos_token)
 
-    def _cut(self, prompt: list[int], whole: list[int], tail: str) -> tuple[list[int], bool]:
+    def _cut(self, question: Question, prompt: list[int], whole: list[int], tail: str) -> tuple[list[int], bool]:
         """Ids that follow ``prompt`` for the text ``tail``, and whether they are those of the whole text."""
         own = whole[len(prompt) :] if _starts(whole, prompt) else None
-        if own is not None and self._following(prompt, own)[1] == tail:
+        if own is not None and self._following(question, prompt, own) == tail:
             return own, True
         other = self._continued(tail)
-        if own is None or (other != own and self._following(prompt, other)[1] == tail):
+        if own is None or (other != own and self._following(question, prompt, other) == tail):
             return other, False
         return own, True
 
     def _continued(self, text: str) -> list[int]:
         """Ids of ``text`` in the middle of another one: without the space that some tokenizers put in front."""
-        added = sorted(self._added.values(), key=len, reverse=True)
-        pieces = re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
-        return [index for piece in pieces if piece for index in self._piece(piece, piece in added)]
+        ids_of = {token: index for index, token in self._added.items()}
+        longest_first = "|".join(re.escape(token) for token in sorted(ids_of, key=len, reverse=True))
+        pieces = re.split(f"({longest_first})", text) if ids_of else [text]
+        return [index for piece in pieces if piece for index in self._piece(piece, ids_of.get(piece))]
 
-    def _piece(self, text: str, is_token: bool) -> list[int]:
-        if is_token:
-            return [self._tokenizer.convert_tokens_to_ids(text)]
+    def _piece(self, text: str, token: int | None) -> list[int]:
+        """Ids of a text without added tokens in it, or of such a token."""
         plain, *rest = self._ids([text, *_ANCHORS, *(anchor + text for anchor in _ANCHORS)])
-        for anchor, whole in zip(rest[: len(_ANCHORS)], rest[len(_ANCHORS) :], strict=True):
-            if _starts(whole, anchor) and self._following(anchor, whole[len(anchor) :])[1] == text:
-                return whole[len(anchor) :]
+        for name, anchor, whole in zip(_ANCHORS, rest[: len(_ANCHORS)], rest[len(_ANCHORS) :], strict=True):
+            found = [] if token is None else [[token]]
+            found += [whole[len(anchor) :]] if _starts(whole, anchor) else []
+            for ids in found:
+                if self._following(Question(name, ""), anchor, ids) == text:
+                    return ids
         return plain
 
     # ------------------------------------------------------------- ids and back
@@ -320,19 +319,22 @@ class TextCodec:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return plain_ids(self._tokenizer, texts)
 
-    def _following(self, context: list[int], ids: list[int]) -> tuple[str, str]:
-        """The text of the context, of its end at least, and what ``ids`` add to it.
+    def _following(self, question: Question, context: list[int], ids: list[int]) -> str:
+        """What ``ids`` add to the text of the question, of which ``context`` are the ids, or the last of them.
 
         Decoded together, because many tokenizers drop the space in front of the first token that they decode.
         """
-        before = self._decoded(context[-_CONTEXT:])
+        near = context[-_CONTEXT:]
+        before = self._decoded(near)
         if "\ufffd" in before:
             # Cut within a character.
-            before = self._decoded(context)
-        else:
-            context = context[-_CONTEXT:]
-        both = self._decoded(context + ids)
-        return before, both[_common(before, both) :]
+            near, before = context, self._decoded(context)
+        both = self._decoded(near + ids)
+        text = both[_common(before, both) :]
+        if question.head[-1:].isspace() and not before.endswith(question.head[-1]):
+            # A tokenizer of words: its decoding puts a space between any two, and no other whitespace.
+            return text.removeprefix(" ")
+        return text
 
     def _decoded(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -386,8 +388,11 @@ def _end_of(prompt: str) -> str:
 
 
 def _heads(end: str) -> list[str]:
-    """A prompt's end with all of its trailing whitespace, without spaces, and with none; never empty."""
-    heads = (end, _SPACES_AT_END.sub("", end), _WHITESPACE_AT_END.sub("", end))
+    """What of a prompt's end may be asked, the usual first: without trailing spaces, as it is, without breaks too.
+
+    Most tokenizers join a space to the word that follows, and some a break to the indentation. None is empty.
+    """
+    heads = (_SPACES_AT_END.sub("", end), end, _WHITESPACE_AT_END.sub("", end))
     return [head for head in dict.fromkeys(heads) if head]
 
 
