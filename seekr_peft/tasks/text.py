@@ -26,8 +26,10 @@ from seekr_peft.errors import DataError
 _WHITESPACE_AT_END = re.compile(r"\s+$")
 _SPACES_AT_END = re.compile(r"[^\S\r\n]+$")
 
-# What may follow whitespace at the end of a prompt: a word, and lines that are indented.
-_CONTINUATIONS = ("a", "    a", "\ta")
+# What may follow whitespace at the end of a prompt: a word, and lines that are indented. And at the end of what a chat
+# template writes before an answer: a word, as a trainer that goes by the common tokens finds in most samples.
+_AFTER_A_PROMPT = ("a", "    a", "\ta")
+_AFTER_A_TEMPLATE = ("a", "the", "I")
 # Characters before that whitespace, enough to see which a tokenizer joins there.
 _END_OF_PROMPT = 8
 _ANCHORS = (".", "a", "\n", "0", "的")
@@ -86,8 +88,12 @@ class Question:
     separates: bool = False
     conversation: Conversation | None = None
 
-    def without_lead(self, text: str) -> str:
-        """``text``, which follows the head, without what stands between it and the answer."""
+    def answer_in(self, text: str) -> str:
+        """The answer in the ``text`` that follows the head: without what leads to it, and up to the ending."""
+        ending = self.ending.strip() or self.ending
+        return self._without_lead(text.split(ending, 1)[0] if ending else text).rstrip()
+
+    def _without_lead(self, text: str) -> str:
         if not self.separates and text.startswith(self.lead):
             return text[len(self.lead) :]
         # Also a tokenizer's one space for whatever whitespace there was.
@@ -111,7 +117,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._moved: dict[str, int] = {}
+        self._moved: dict[tuple[str, tuple[str, ...]], int] = {}
         self.ends = {tokenizer.eos_token_id}
         self._turn_end: int | None = None
         self.endless_template = False
@@ -131,7 +137,7 @@ class TextCodec:
         Raises:
             DataError: a conversation that the chat template refuses, or no chat template.
         """
-        self._learn_ends_of_prompts([prompt for prompt in prompts if isinstance(prompt, str)])
+        self._learn_ends([_end_of(prompt) for prompt in prompts if isinstance(prompt, str)], _AFTER_A_PROMPT)
         return [
             self._plain_question(prompt) if isinstance(prompt, str) else self._chat_question(prompt, f"{place} {index}")
             for index, prompt in enumerate(prompts)
@@ -194,48 +200,50 @@ class TextCodec:
         of its own and special tokens stay.
         """
         end = next((place for place, index in enumerate(ids) if index in self.ends), len(ids))
-        text = self._following(question, list(context), list(ids[:end]))
-        marker = question.ending.strip() or question.ending
-        if marker:
-            text = text.split(marker, 1)[0]
-        return question.without_lead(text).rstrip()
+        return question.answer_in(self._following(question, list(context), list(ids[:end])))
 
     def reference(self, question: Question, answer: str) -> str:
         """``answer`` as it is written when a model gives it; a template's changes to it are no part of that."""
         if question.conversation is not None:
             return answer
-        return question.without_lead(_lead(question, answer) + answer).rstrip()
+        return question.answer_in(_lead(question, answer) + answer)
 
     # ---------------------------------------------------------------- questions
 
     def _plain_question(self, prompt: str) -> Question:
-        end = _end_of(prompt)
-        if not end:
+        if not prompt[-1:].isspace():
             return Question(prompt, " ", separates=True)
-        cut = len(prompt) - self._moved[end]
-        return Question(prompt[:cut], prompt[cut:])
-
-    def _learn_ends_of_prompts(self, prompts: Sequence[str]) -> None:
-        """Decide how much of the whitespace at the end of each prompt goes with the answer."""
-        new = sorted({_end_of(prompt) for prompt in prompts} - {"", *self._moved})
-        heads = {end: _heads(end) for end in new}
-        texts = [text for end in new for text in (*heads[end], *(end + more for more in _CONTINUATIONS))]
-        ids = dict(zip(texts, self._ids(texts), strict=True))
-        for end in new:
-            continued = [ids[end + more] for more in _CONTINUATIONS]
-            # The first whose tokens stay whatever follows, or nearly so.
-            kept = max(heads[end], key=lambda head: sum(_starts(whole, ids[head]) for whole in continued))
-            self._moved[end] = len(end) - len(kept)
+        head, moved = self._parted(prompt, _AFTER_A_PROMPT)
+        return Question(head, moved)
 
     def _chat_question(self, conversation: Conversation, place: str) -> Question:
         asked = self._rendered(conversation, None, place)
         answered = self._rendered(conversation, _PROBE_ANSWER, place)
-        head = asked[: _common(asked, answered)]
-        lead, _, ending = answered[len(head) :].partition(_PROBE_ANSWER)
-        self._learn_end(ending)
-        return Question(head, lead, ending, conversation=conversation)
+        common = _common(asked, answered)
+        lead, _, ending = answered[common:].partition(_PROBE_ANSWER)
+        self._learn_ends([_end_of(asked[:common])], _AFTER_A_TEMPLATE)
+        head, moved = self._parted(asked[:common], _AFTER_A_TEMPLATE)
+        self._learn_turn_end(ending)
+        return Question(head, moved + lead, ending, conversation=conversation)
 
-    def _learn_end(self, ending: str) -> None:
+    def _parted(self, text: str, continuations: tuple[str, ...]) -> tuple[str, str]:
+        """What of a text is asked, and the whitespace at its end that goes with the answer."""
+        cut = len(text) - self._moved[_end_of(text), continuations]
+        return text[:cut], text[cut:]
+
+    def _learn_ends(self, ends: Sequence[str], continuations: tuple[str, ...]) -> None:
+        """Decide how much of the whitespace at each of these ends of prompts goes with the answer."""
+        new = sorted(end for end in set(ends) if (end, continuations) not in self._moved)
+        heads = {end: _heads(end, whole_first=continuations == _AFTER_A_TEMPLATE) for end in new}
+        texts = [text for end in new for text in (*heads[end], *(end + more for more in continuations))]
+        ids = dict(zip(texts, self._ids(texts), strict=True))
+        for end in new:
+            continued = [ids[end + more] for more in continuations]
+            # The first whose tokens stay whatever follows, or nearly so.
+            kept = max(heads[end], key=lambda head: sum(_starts(whole, ids[head]) for whole in continued))
+            self._moved[end, continuations] = len(end) - len(kept)
+
+    def _learn_turn_end(self, ending: str) -> None:
         ids = self._ids([ending])[0] if ending else []
         # Some tokenizers have added tokens of whitespace.
         end = next((index for index in ids if not self._added.get(index, " ").isspace()), None)
@@ -284,10 +292,11 @@ class TextCodec:
     def _cut(self, question: Question, prompt: list[int], whole: list[int], tail: str) -> tuple[list[int], bool]:
         """Ids that follow ``prompt`` for the text ``tail``, and whether they are those of the whole text."""
         own = whole[len(prompt) :] if _starts(whole, prompt) else None
-        if own is not None and self._following(question, prompt, own) == tail:
+        answer = question.answer_in(tail)
+        if own is not None and self.written(question, prompt, own) == answer:
             return own, True
         other = self._continued(tail)
-        if own is None or (other != own and self._following(question, prompt, other) == tail):
+        if own is None or (other != own and self.written(question, prompt, other) == answer):
             return other, False
         return own, True
 
@@ -382,18 +391,20 @@ def _lead(question: Question, answer: str) -> str:
 
 
 def _end_of(prompt: str) -> str:
-    """The whitespace at the end of a prompt with a few characters before it; '' without any."""
+    """The whitespace at the end of a prompt, with a few characters before it."""
     bare = prompt.rstrip()
-    return bare[-_END_OF_PROMPT:] + prompt[len(bare) :] if len(bare) < len(prompt) else ""
+    return bare[-_END_OF_PROMPT:] + prompt[len(bare) :]
 
 
-def _heads(end: str) -> list[str]:
+def _heads(end: str, whole_first: bool) -> list[str]:
     """What of a prompt's end may be asked, the usual first: without trailing spaces, as it is, without breaks too.
 
     Most tokenizers join a space to the word that follows, and some a break to the indentation. None is empty.
     """
-    heads = (_SPACES_AT_END.sub("", end), end, _WHITESPACE_AT_END.sub("", end))
-    return [head for head in dict.fromkeys(heads) if head]
+    heads = [_SPACES_AT_END.sub("", end), end, _WHITESPACE_AT_END.sub("", end)]
+    if whole_first:
+        heads.insert(0, end)
+    return [head for head in dict.fromkeys(heads) if head] or [end]
 
 
 def _starts(ids: list[int], beginning: list[int]) -> bool:
