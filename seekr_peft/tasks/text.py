@@ -32,8 +32,11 @@ _AFTER_A_PROMPT = ("a", "    a", "\ta")
 _AFTER_A_TEMPLATE = ("a", "the", "I")
 # Characters before that whitespace, enough to see which a tokenizer joins there.
 _END_OF_PROMPT = 8
+# Texts after which another one is tokenised as in the middle of a text.
 _ANCHORS = (".", "a", "\n", "0", "的")
+# Tokens of a prompt that are decoded together with what follows it.
 _CONTEXT = 16
+# What a chat template is given to see what it writes around an answer; no template has it in its own words.
 _PROBE_ANSWER = "Zq0"
 
 
@@ -130,6 +133,15 @@ class TextCodec:
     @cached_property
     def _added(self) -> dict[int, str]:
         return {index: str(token) for index, token in self._tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._added.values(), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    @cached_property
+    def _anchors(self) -> dict[str, list[int]]:
+        return dict(zip(_ANCHORS, self._ids(list(_ANCHORS)), strict=True))
 
     def questions(self, prompts: Sequence[Prompt], place: str = "prompt") -> list[Question]:
         """What a model is asked for each prompt.
@@ -303,20 +315,18 @@ class TextCodec:
     def _continued(self, text: str) -> list[int]:
         """Ids of ``text`` in the middle of another one: without the space that some tokenizers put in front."""
         ids_of = {token: index for index, token in self._added.items()}
-        longest_first = "|".join(re.escape(token) for token in sorted(ids_of, key=len, reverse=True))
-        pieces = re.split(f"({longest_first})", text) if ids_of else [text]
+        pieces = self._added_pattern.split(text) if ids_of else [text]
         return [index for piece in pieces if piece for index in self._piece(piece, ids_of.get(piece))]
 
     def _piece(self, text: str, token: int | None) -> list[int]:
         """Ids of a text without added tokens in it, or of such a token."""
-        plain, *rest = self._ids([text, *_ANCHORS, *(anchor + text for anchor in _ANCHORS)])
-        for name, anchor, whole in zip(_ANCHORS, rest[: len(_ANCHORS)], rest[len(_ANCHORS) :], strict=True):
-            found = [] if token is None else [[token]]
-            found += [whole[len(anchor) :]] if _starts(whole, anchor) else []
-            for ids in found:
-                if self._following(Question(name, ""), anchor, ids) == text:
-                    return ids
-        return plain
+        for anchor, before in self._anchors.items():
+            whole = self._ids([anchor + text])[0] if token is None else [*before, token]
+            ids = whole[len(before) :]
+            if _starts(whole, before) and self._following(Question(anchor, ""), before, ids) == text:
+                return ids
+        # A token that is written with a space of its own is spelt.
+        return self._ids([text])[0] if token is None else self._piece(text, None)
 
     # ------------------------------------------------------------- ids and back
 
