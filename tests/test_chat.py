@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from small_run import read_lines, small_recipe
 from test_text import Parrot, parrot, plain
 from tiny_models import tiny_llama
 from tokenizer_zoo import byte_level, llama_bpe, unigram
 
-from seekr_peft import Task
+from seekr_peft import ReplayMemory, Task, run_recipe
 from seekr_peft.errors import DataError
 from seekr_peft.evaluation import evaluate_task, generate_answers
 from seekr_peft.evaluation.generation import find_unreachable
@@ -378,3 +379,33 @@ def test_a_column_that_only_looks_like_messages_is_refused() -> None:
 def test_a_plain_prompt_of_a_chat_model_stays_plain() -> None:
     tokenizer = chat_tokenizer(CHATML)
     assert encode(tokenizer, "one", "red", 64).input_ids == [*plain(tokenizer, "one red"), tokenizer.eos_token_id]
+
+
+def test_a_run_trains_replays_and_asks_conversations(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    for name in ("a", "b"):
+        for split in ("train", "test"):
+            rows = [{"prompt": f"{name} {index}", "answer": "red"} for index in range(8)] + [{"messages": MESSAGES}]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    recipe = small_recipe(
+        tmp_path / "run",
+        model={"name_or_path": str(tmp_path / "base"), "quantization": "none"},
+        tasks={"format": "jsonl", "path": str(tmp_path / "data"), "chat_template": True},
+        training={"learning_rate": 1e-2, "per_device_train_batch_size": 9, "max_steps": 25, "logging_steps": 25},
+        method={"name": "replay", "replay_ratio": 0.5, "replay_every": 1},
+        evaluation={"max_new_tokens": 12},
+    )
+    run_recipe(recipe, report=False)
+    lines = read_lines(tmp_path / "run" / "predictions" / "02-b" / "01-a.jsonl")
+    assert [line["prediction"] for line in lines] == ["red"] * 8 + ["    return x"]
+    assert [line["prompt"] for line in lines][::8] == [
+        "a 0",
+        "system: Be brief.\nuser: one two\nassistant: red\nuser: def f(x):\n",
+    ]
+    (memory,) = ReplayMemory.open([tmp_path / "run" / "tasks" / "01-a"]).tasks
+    kept = [tokenizer.decode(memory.sample(index).input_ids) for index in range(len(memory))]
+    assert all(text.endswith(("assistant\nred<|im_end|>\n", "assistant\n    return x<|im_end|>\n")) for text in kept)
