@@ -108,6 +108,9 @@ class TasksSection(_Section):
     """Epochs of each task in ``order``; None uses ``training.num_train_epochs`` for all."""
     max_length: Annotated[int, Field(ge=5, strict=True)] = 512
     """Tokens of prompt and answer together; longer prompts lose their middle."""
+    chat_template: bool = False
+    """Whether plain prompts and answers are written as a user's and an assistant's message, by the tokenizer's chat
+    template; samples that are messages themselves always are."""
 
 
 class EvaluationSection(_Section):

@@ -35,7 +35,7 @@ from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, read_costs, seco
 from .devices import check_one_device
 from .errors import ConfigError, RunError, RunInUseError, SeekrError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
-from .evaluation.generation import prompt_room
+from .evaluation.generation import prompt_room, warn_of_unreachable
 from .methods import ContinualMethod, get_method
 from .methods.base import STATE_FILE as METHOD_STATE_FILE
 from .methods.base import read_method_state, write_json
@@ -164,6 +164,10 @@ class _Run:
             )
         set_seed(self.recipe.seed)
         model, tokenizer = load_model(self.recipe)
+        for task in tasks:
+            # Of all the tasks before the first is trained.
+            task.check_texts(tokenizer)
+            warn_of_unreachable(task, tokenizer)
         trained = _trained_tasks(self.directory)
         self._check_base_and_data(base_fingerprint(model), tasks, trained)
         self._write_environment(self.seconds_before)
@@ -290,6 +294,7 @@ class _Run:
                 max_new_tokens=self.recipe.evaluation.max_new_tokens,
                 batch_size=self.recipe.evaluation.batch_size,
                 max_length=max_length,
+                check_answers=False,
             )
             matrix.record(after=after, on=task.name, score=evaluation.score)
             lines = [json.dumps(prediction, ensure_ascii=False) for prediction in evaluation.predictions]
@@ -427,14 +432,21 @@ def _summarise(directory: Path, matrix: AccuracyMatrix, report: Path | None, pro
 
 def load_tasks(recipe: Recipe) -> list[Task]:
     """The recipe's tasks in order of training."""
-    section = recipe.tasks
-    if section.format == DEMO:
-        from .demo.words import demo_tasks
+    tasks = _demo_tasks(recipe) if recipe.tasks.format == DEMO else _read_tasks(recipe)
+    return [task.as_chat() for task in tasks] if recipe.tasks.chat_template else tasks
 
-        sizes = {"n_train": section.max_train or 600, "n_test": section.max_test or 100}
-        found = {record["name"]: record for record in demo_tasks(recipe.seed, **sizes)}
-        order = section.order or list(found)
-        return [Task.from_records(name, found[name]["train"], found[name]["test"]) for name in order]
+
+def _demo_tasks(recipe: Recipe) -> list[Task]:
+    from .demo.words import demo_tasks
+
+    section = recipe.tasks
+    sizes = {"n_train": section.max_train or 600, "n_test": section.max_test or 100}
+    found = {record["name"]: record for record in demo_tasks(recipe.seed, **sizes)}
+    return [Task.from_records(name, found[name]["train"], found[name]["test"]) for name in section.order or found]
+
+
+def _read_tasks(recipe: Recipe) -> list[Task]:
+    section = recipe.tasks
     return read_tasks(
         section.format, str(section.path), section.order, section.max_train, section.max_test, recipe.seed
     )

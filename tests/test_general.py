@@ -176,6 +176,21 @@ def test_a_choice_without_tokens_is_refused() -> None:
         multiple_choice(tiny_llama(), tokenizer, [question], 4, 64)
 
 
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"question": "cut \ud83d", "choices": ["a", "b"], "answer": 0}, "'question'"),
+        ({"question": "q", "choices": ["a", "cut \ud83d"], "answer": 0}, "a choice"),
+        ({"question": "q", "choice0": "cut \ud83d", "choice1": "b", "answer": "0"}, "a choice"),
+    ],
+)
+def test_half_a_character_is_refused_with_file_and_line(tmp_path: Path, row: dict[str, Any], name: str) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text("\n" + json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf"test\.jsonl, line 2: {name} has at character 4 '\\ud83d', half of a"):
+        read_questions(file)
+
+
 # The loss on text -------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def step_by_step(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
         if following == tokenizer.eos_token_id:
             break
         ids = torch.cat([ids, following.view(1, 1)], dim=1)
-    return tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=False).strip()
 
 
 def test_answers_equal_a_plain_greedy_loop_in_the_order_of_the_prompts(model, tokenizer):

@@ -130,3 +130,37 @@ def test_an_unknown_metric_is_refused_with_a_suggestion():
 def test_counts_must_agree(predictions, answers):
     with pytest.raises(DataError, match=rf"{len(predictions)} predictions for {len(answers)}"):
         score_predictions("accuracy", predictions, answers)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("    return x", "    return x"),
+        ("    return   x ", "    return x"),
+        ("    RETURN x.\n", "    return x"),
+        ("a\n  b", "a \n\n  b\n"),
+        ("a\r\n  b", "a\n  b"),
+        ("\n  a", "\n  a"),
+        ("red", "red\n"),
+        ("\tred", "red"),
+    ],
+)
+def test_layout_that_does_not_matter(prediction, answer):
+    assert exact_match(prediction, answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("return x", "    return x"),
+        ("  return x", "    return x"),
+        ("\treturn x", "    return x"),
+        ("a\nb", "a\n  b"),
+        ("a   b", "a\n  b"),
+        ("a b", "a\nb"),
+        ("  a", "\n  a"),
+        ("", "  ."),
+    ],
+)
+def test_indentation_and_lines_count_where_the_answer_has_them(prediction, answer):
+    assert exact_match(prediction, answer) == 0.0

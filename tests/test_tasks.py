@@ -354,6 +354,110 @@ def test_a_bad_superni_file_is_refused_with_its_place(tmp_path, value, message):
         read_tasks("superni", tmp_path)
 
 
+CUT = "cut \ud83d emoji"
+HALF = r".*at character 4 '\\ud83d', half of a surrogate pair, which is no character"
+
+
+@pytest.mark.parametrize("key", ["prompt", "answer", "instruction"])
+def test_half_a_character_in_a_record_or_a_line_is_refused_with_its_place(tmp_path, key):
+    row = (
+        {"prompt": CUT + "!", "answer": "a", "instruction": CUT} if key != "answer" else {"prompt": "p", "answer": CUT}
+    )
+    if key == "prompt":
+        del row["instruction"]
+    if key == "instruction":
+        row["prompt"] = "p"
+    with pytest.raises(DataError, match=f"Task 't', test row 1: '{key}'{HALF}"):
+        Task.from_records("t", ROWS, [ROWS[0], row])
+    file = write_lines(tmp_path / "t.train.jsonl", "", ROWS[0], row)
+    write_lines(tmp_path / "t.test.jsonl", ROWS[0])
+    for read in (lambda: Task.from_jsonl("t", file, file), lambda: read_tasks("jsonl", tmp_path)):
+        with pytest.raises(DataError, match=rf"t\.train\.jsonl, line 3: '{key}'{HALF}"):
+            read()
+
+
+def test_a_whole_character_of_two_halves_is_read(tmp_path):
+    file = write_lines(tmp_path / "t.jsonl", '{"prompt": "\\ud83d\\ude00", "answer": "a\\u0000"}')
+    assert list(Task.from_jsonl("t", file, file).train) == [{"prompt": "😀", "answer": "a\0"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "place"),
+    [
+        ([{"role": "user", "content": CUT}], "message 0 of 'prompt', 'content': a text"),
+        ([{"role": "user", "content": "q"}, {"role": CUT, "content": "q"}], "message 1 of 'prompt', 'role': a text"),
+        ([{"role": "user", "content": "q", "tool_calls": [{"name": CUT}]}], "'tool_calls', 'name': a text"),
+        ([{"role": "user", "content": "q", CUT: 1}], "message 0 of 'prompt': a key"),
+    ],
+)
+def test_half_a_character_in_messages_is_refused(messages, place):
+    with pytest.raises(DataError, match=f"Task 't', train row 0: .*{place}{HALF}"):
+        Task.from_records("t", [{"prompt": messages, "answer": "a"}], ROWS)
+
+
+def test_half_a_character_in_the_last_message_or_in_tools_is_refused():
+    asked = [{"role": "user", "content": "q"}]
+    rows = [{"messages": [*asked, {"role": "assistant", "content": CUT}]}]
+    with pytest.raises(DataError, match=f"train row 0: 'content' of 'answer'{HALF}"):
+        Task.from_records("t", rows, ROWS)
+    with pytest.raises(DataError, match=f"train row 0: 'tools', 'x': a text{HALF}"):
+        Task.from_records("t", [{"prompt": asked, "answer": "a", "tools": [{"x": CUT}]}], ROWS)
+
+
+@pytest.mark.parametrize(
+    ("format", "value", "place"),
+    [
+        ("trace", [{"prompt": CUT, "answer": "a"}], ", row 0: 'prompt'"),
+        ("superni", superni(("x", "a"), ("y", CUT)), ", instance 1: 'output'"),
+        ("superni", superni(("x", "a"), definition=(CUT,)), ": 'Definition'"),
+        ("long_sequence", superni((CUT, "a")), ", instance 0: 'input'"),
+    ],
+)
+def test_half_a_character_is_refused_in_every_format(tmp_path, format, value, place):
+    folder = tmp_path / format / "t"
+    write_json(folder / "labels.json", ["a"])
+    for split in ("train", "test"):
+        write_json(folder / f"{split}.json", value)
+    with pytest.raises(DataError, match=rf"train\.json{place}{HALF}"):
+        read_tasks(format, tmp_path / format)
+    with pytest.raises(DataError, match=rf"train\.json{place}{HALF}"):
+        read_tasks("mixed", tmp_path, [f"{format}/t"])
+
+
+def test_half_a_character_in_a_label_is_refused(tmp_path):
+    long_sequence(tmp_path / "t", ["a", CUT], ("x", "a"))
+    with pytest.raises(DataError, match=rf"labels\.json: the label {HALF}"):
+        read_tasks("long_sequence", tmp_path)
+
+
+def test_half_a_character_in_a_choice_is_refused():
+    with pytest.raises(DataError, match=f"Task 't': the choice {HALF}"):
+        Task.from_records("t", ROWS, ROWS, choices=["a", CUT])
+
+
+def test_superni_keeps_the_indentation_of_code(tmp_path):
+    outputs = [" one", "    return x\n", "\n  two "]
+    for split in ("train", "test"):
+        write_json(tmp_path / "t" / f"{split}.json", superni(*(("x", output) for output in outputs)))
+    assert read_tasks("superni", tmp_path)[0].train["answer"] == ["one", "    return x", "\n  two"]
+
+
+def test_labels_are_read_without_whitespace(tmp_path):
+    long_sequence(tmp_path / "t", ["good", "bad"], ("fine", "  good\n"))
+    assert read_tasks("long_sequence", tmp_path)[0].train["answer"] == ["good"]
+
+
+def test_the_room_is_that_of_the_tokenizer_and_the_length_asked_for(tokenizer):
+    task = Task.from_records("t", [{"prompt": "p0", "answer": "a0 a0 a0"}], ROWS)
+    assert [task.prompt_room(tokenizer, length) for length in (64, 64, 32, 8)] == [60, 60, 28, 6]
+    task.tokenized(tokenizer, 64)
+    assert task.prompt_room(tokenizer, 64) == 60
+    with_prefix = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"a": 0, "0": 1, "</s>": 2}, [])), eos_token="</s>"
+    )
+    assert task.prompt_room(with_prefix, 64) == 64 - 7
+
+
 def test_a_bad_trace_row_is_refused_with_its_place(tmp_path):
     write_json(tmp_path / "t" / "train.json", [*ROWS, {"prompt": "p"}])
     write_json(tmp_path / "t" / "test.json", ROWS)

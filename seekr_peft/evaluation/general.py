@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seekr_peft.errors import DataError
-from seekr_peft.tasks import AnswerCollator, encode_prompt, prepare_tokenizer
-from seekr_peft.tasks.samples import read_json_lines, read_text
-from seekr_peft.tasks.tokenize import IGNORED_LABEL
+from seekr_peft.tasks import AnswerCollator, prepare_tokenizer
+from seekr_peft.tasks.samples import check_text, read_json_lines, read_text
+from seekr_peft.tasks.text import TextCodec, plain_ids
+from seekr_peft.tasks.tokenize import IGNORED_LABEL, shortened
 
 UNITS = {"choice": "fraction right", "text": "nats per token"}
 """What the value of each kind of test is."""
@@ -116,6 +117,8 @@ def _checked_question(row: Any, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: 'question' is {question!r}; it must be a text that is not empty.")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         raise DataError(f"{place}: the choices are {choices!r}; give two texts or more, none of them empty.")
+    for name, text in (("'question'", question), *(("a choice", choice) for choice in choices)):
+        check_text(text, name, place)
     index = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
         raise DataError(f"{place}: 'answer' is {answer!r}; it must be the index of one of {len(choices)} choices.")
@@ -172,13 +175,13 @@ def multiple_choice(
 
 def _choice_samples(tokenizer: Any, question: Mapping[str, Any], max_length: int) -> list[dict[str, Any]]:
     """One sample a choice, without end-of-sequence: `input_ids`, `labels` (-100 on the prompt) and `n_answer`."""
-    texts = [f" {choice.strip()}" for choice in question["choices"]]
-    choices = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    choices = [list(ids)[: max_length // 2] for ids in choices]
+    codec, texts = TextCodec(tokenizer), question["choices"]
+    questions = codec.questions([f"Question: {question['question'].strip()}\nAnswer:"] * len(texts))
+    whole = codec.prompt_ids(questions)
+    choices = [answer.ids[:-1][: max_length // 2] for answer in codec.answers(questions, whole, texts, "choice")]
     if not all(choices):
         raise DataError(f"The choices {question['choices']!r} have one without tokens in the model's vocabulary.")
-    room = max_length - max(map(len, choices))
-    prompt = encode_prompt(tokenizer, f"Question: {question['question'].strip()}\nAnswer:", room)
+    prompt = shortened(codec, questions[0], whole[0], max_length - max(map(len, choices)))
     ignored = [IGNORED_LABEL] * len(prompt)
     return [{"input_ids": prompt + ids, "labels": ignored + ids, "n_answer": len(ids)} for ids in choices]
 
@@ -205,10 +208,10 @@ def text_loss(model: Any, tokenizer: Any, text: str, max_tokens: int, window: in
     from seekr_peft.forward import evaluation_mode, model_device
 
     prepare_tokenizer(tokenizer)
-    front = encode_prompt(tokenizer, "", window)
+    front = TextCodec(tokenizer).front
     # A tokenizer reads all it is given; hardly any text has so many characters a token.
     beginning = text[: _CHARACTERS_PER_TOKEN * max_tokens]
-    ids = list(tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"])[:max_tokens]
+    ids = plain_ids(tokenizer, [beginning])[0][:max_tokens]
     room, given = window - len(front), max(len(front), 1)
     windows = [front + ids[start : start + room] for start in range(0, len(ids), room)]
     windows = [row for row in windows if len(row) > given]

@@ -7,19 +7,21 @@ functions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from seekr_peft.errors import DataError
 from seekr_peft.evaluation.metrics import score_predictions
-from seekr_peft.tasks.task import Task
+from seekr_peft.tasks.task import Task, instructions_of, prompts_of
+from seekr_peft.tasks.text import Conversation, Prompt, TextCodec
 from seekr_peft.tasks.tokenize import (
     SMALLEST_MAX_LENGTH,
     AnswerCollator,
-    encode_prompt,
+    SampleTokens,
     prepare_tokenizer,
+    shortened,
 )
 
 if TYPE_CHECKING:
@@ -44,14 +46,20 @@ def evaluate_task(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     max_length: int = 512,
+    check_answers: bool = True,
 ) -> Evaluation:
     """Answer the test prompts of `task` and score them with its metric; see `generate_answers`.
 
-    Prompts are cut as in training: to what the task's longest answer leaves of `max_length`.
+    A model is asked the very tokens that stand before the answers in training, cut as there: to what the task's longest
+    answer leaves of `max_length`.
+
+    Args:
+        check_answers: warn of answers that can never be scored right; see `find_unreachable`.
     """
-    prepare_tokenizer(tokenizer)
-    prompts, answers = list(task.test["prompt"]), list(task.test["answer"])
-    given = "instruction" in task.test.column_names
+    prompts, answers = prompts_of(task.test), list(task.test["answer"])
+    codec = TextCodec(prepare_tokenizer(tokenizer))
+    if check_answers:
+        warn_of_unreachable(task, tokenizer)
     generated = generate_answers(
         model,
         tokenizer,
@@ -59,25 +67,59 @@ def evaluate_task(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         max_length=task.prompt_room(tokenizer, max_length),
-        instructions=list(task.test["instruction"]) if given else None,
+        instructions=instructions_of(task.test),
     )
-    mean, scores = score_predictions(task.metric, generated, answers)
-    columns = zip(prompts, answers, generated, scores, strict=True)
+    pairs = zip(codec.questions(prompts), answers, strict=True)
+    mean, scores = score_predictions(task.metric, generated, [codec.reference(*pair) for pair in pairs])
+    columns = zip(task.test["prompt"], answers, generated, scores, strict=True)
     names = ("prompt", "answer", "prediction", "score")
     return Evaluation(mean, [dict(zip(names, row, strict=True)) for row in columns])
+
+
+def find_unreachable(task: Task, tokenizer: Any) -> list[tuple[str, str]]:
+    """The test answers that a model cannot score with though it writes their own tokens, each with what it then wrote.
+
+    So it is where a tokenizer drops, changes or does not know some characters, and for an answer without anything that
+    the metric looks at.
+
+    Raises:
+        DataError: an answer with an end in it, or a chat template that refuses or is not there.
+    """
+    answers = list(task.test["answer"])
+    tokens = SampleTokens(tokenizer, prompts_of(task.test), answers, f"Task '{task.name}', test row")
+    rows = zip(tokens.questions, tokens.prompts, tokens.answers, strict=True)
+    written = [tokens.codec.written(question, prompt, own.ids) for question, prompt, own in rows]
+    references = [tokens.codec.reference(*pair) for pair in zip(tokens.questions, answers, strict=True)]
+    _, scores = score_predictions(task.metric, written, references)
+    return [(answer, text) for answer, text, score in zip(answers, written, scores, strict=True) if score < 1.0]
+
+
+def warn_of_unreachable(task: Task, tokenizer: Any) -> None:
+    """One warning with the number of `find_unreachable` and an example; nothing where there are none."""
+    found = find_unreachable(task, tokenizer)
+    if found:
+        answer, written = found[0]
+        logger.warning(
+            f"Task '{task.name}': {len(found)} of {len(task.test)} test answers can never be scored right by "
+            f"{task.metric}: {answer[:60]!r} is read back from its own tokens as {written[:60]!r}; use a tokenizer "
+            f"that keeps these characters, or write the answers with others."
+        )
 
 
 def generate_answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | Sequence[Mapping[str, Any]]],
     *,
     max_new_tokens: int,
     batch_size: int = 32,
     max_length: int = 512,
     instructions: Sequence[str | None] | None = None,
 ) -> list[str]:
-    """The greedy answer to each prompt, stripped, up to the end-of-sequence token.
+    """The greedy answer to each prompt, up to its end: end-of-sequence, or the end of a turn in the chat template.
+
+    An answer is the text that follows the prompt, without what separates the two (see `tasks.text`) and without
+    whitespace at its end. Its own indentation and special tokens stay.
 
     The model, plain or a PeftModel, is in eval mode meanwhile; every module's mode and the config's
     `use_cache` are as before afterwards. Prompts are batched by length, which changes the speed
@@ -85,6 +127,7 @@ def generate_answers(
     memory is halved until it does.
 
     Args:
+        prompts: each a text, or messages (role and content) for the tokenizer's chat template.
         max_new_tokens: tokens of an answer at most.
         max_length: tokens of a prompt at most, and at most what the model's positions leave beside
             the answer; longer ones lose the middle of their input.
@@ -101,27 +144,28 @@ def generate_answers(
         instructions = [None] * len(prompts)
     if len(instructions) != len(prompts):
         raise DataError(f"There are {len(instructions)} instructions for {len(prompts)} prompts.")
-    prepare_tokenizer(tokenizer)
+    codec = TextCodec(prepare_tokenizer(tokenizer))
     room = prompt_room(model, max_length, max_new_tokens)
-    pairs = zip(prompts, instructions, strict=True)
-    ids = [encode_prompt(tokenizer, prompt, room, instruction) for prompt, instruction in pairs]
+    questions = codec.questions([_prompt(prompt) for prompt in prompts])
+    rows = zip(questions, codec.prompt_ids(questions), instructions, strict=True)
+    ids = [shortened(codec, question, whole, room, instruction) for question, whole, instruction in rows]
     longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     answers = [""] * len(ids)
     with _answering(model):
-        config = _greedy(tokenizer, max_new_tokens)
+        config = _greedy(tokenizer, sorted(codec.ends), max_new_tokens)
         while longest_first:
             batch = longest_first[:batch_size]
-            texts = _fitting_batch(model, tokenizer, [ids[index] for index in batch], config)
+            written = _fitting_batch(model, tokenizer, [ids[index] for index in batch], config)
             # Shorter prompts follow, so what fitted once goes on fitting.
-            batch_size = len(texts)
-            for index, text in zip(batch, texts, strict=False):
-                answers[index] = text
+            batch_size = len(written)
+            for index, row in zip(batch, written, strict=False):
+                answers[index] = codec.written(questions[index], ids[index], row)
             longest_first = longest_first[batch_size:]
     return answers
 
 
-def _fitting_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: GenerationConfig) -> list[str]:
-    """Answers to as many of the first prompts as fit into memory: all of them, or a half, a quarter ... of them."""
+def _fitting_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """Ids of the answers to as many of the first prompts as fit into memory: to all of them, a half, a quarter ..."""
     import torch
 
     while True:
@@ -142,8 +186,8 @@ def _fitting_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: Gen
         torch.cuda.empty_cache()
 
 
-def _generate_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: GenerationConfig) -> list[str]:
-    """Answers to a batch of prompts; padded on the left, so that all answers begin together."""
+def _generate_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """Ids of the answers to a batch of prompts; padded on the left, so that all answers begin together."""
     import torch
 
     collate = AnswerCollator(tokenizer.pad_token_id, padding_side="left")
@@ -152,18 +196,14 @@ def _generate_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: Ge
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     with torch.no_grad():
         output = model.generate(**inputs, generation_config=config)
-    answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [_decoded(tokenizer, row) for row in answers]
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    end = tokenizer.eos_token_id
-    if end in ids:
-        ids = ids[: ids.index(end)]
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+def _prompt(prompt: Prompt | Sequence[Mapping[str, Any]]) -> Prompt:
+    return prompt if isinstance(prompt, str | Conversation) else Conversation(prompt)
 
 
-def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def _greedy(tokenizer: Any, ends: list[int], max_new_tokens: int) -> GenerationConfig:
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -172,7 +212,7 @@ def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
         use_cache=True,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
     )
 
 

@@ -18,6 +18,9 @@ _LATIN = r"A-Za-z0-9\u00C0-\u024F"
 _OPTION = re.compile(rf"(?<![{_LATIN}'\u2019])[A-H](?![{_LATIN}'\u2019])")
 _LONE_LETTER = re.compile(r"[\s(\[*\"']*([a-h])[\s)\].:,*\"']*")
 
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+_LAID_OUT = re.compile(r"\A\s|[\r\n]")
+
 # Scripts written without spaces: every character is a word of its own there.
 _UNSPACED = r"\u3040-\u30FF\u3400-\u4DBF\u4E00-\u9FFF\uF900-\uFAFF\u0E00-\u0EFF"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
@@ -26,9 +29,12 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 def exact_match(prediction: str, answer: str) -> float:
     """1.0 when both are the same text, else 0.0.
 
-    Case, surrounding and repeated whitespace and one trailing period do not count.
+    Case, surrounding and repeated whitespace and one trailing period do not count. In an answer with several lines or
+    with indentation, such as code, the lines and their indentation do; repeated spaces within a line and empty lines
+    between others still do not.
     """
-    return float(_normalized(prediction) == _normalized(answer))
+    by_lines = bool(_LAID_OUT.search(answer.rstrip()))
+    return float(_normalized(prediction, by_lines) == _normalized(answer, by_lines))
 
 
 def option_letter(prediction: str, answer: str) -> float:
@@ -94,10 +100,18 @@ def _rouge_scorer() -> Any:
     return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=UnicodeTokenizer())
 
 
-def _normalized(text: str) -> str:
-    words = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+def _normalized(text: str, by_lines: bool) -> str:
+    text = unicodedata.normalize("NFC", text).casefold()
+    words = _lines(text) if by_lines else " ".join(text.split())
     # '.' alone keeps its period, so that an empty prediction never equals an answer.
     return words[:-1].rstrip() or words if words.endswith((".", "。")) else words
+
+
+def _lines(text: str) -> str:
+    """The lines that are not empty, each with its own indentation and one space between words; a first break stays."""
+    lines = [line.rstrip() for line in _LINE_BREAK.split(text.rstrip())]
+    kept = [line[: len(line) - len(line.lstrip())] + " ".join(line.split()) for line in lines if line]
+    return "\n".join(kept if lines[0] else ["", *kept])
 
 
 def _first_letter(text: str) -> str | None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from seekr_peft.errors import DataError
-from seekr_peft.tasks.samples import checked_row, read_json_lines, read_text
+from seekr_peft.tasks.samples import check_text, checked_row, read_json_lines, read_text
 
 logger = logging.getLogger(__name__)
 
 Samples = dict[str, list[dict[str, str]]]
-"""Per split ('train', 'test') its samples, each {'prompt', 'answer', 'instruction'}."""
+"""Per split ('train', 'test') its samples, each {'prompt', 'answer', 'instruction'}, from `checked_row` more."""
 
 Reader = Callable[[str, Mapping[str, Path]], tuple[Samples, str, list[str] | None]]
 
@@ -60,7 +61,11 @@ def _read_superni(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, l
 
 
 def _read_long_sequence(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, list[str] | None]:
-    read = {split: _read_instances(file) for split, file in files.items()}
+    found = {split: _read_instances(file) for split, file in files.items()}
+    # A label has no indentation.
+    read = {
+        split: (start, [(text, output.strip()) for text, output in pairs]) for split, (start, pairs) in found.items()
+    }
     outputs = [output for _, output in read["train"][1]]
     choices = _choices(files["train"].with_name("labels.json"), outputs)
     samples = {}
@@ -85,6 +90,8 @@ def _choices(path: Path, outputs: list[str]) -> list[str]:
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     if not texts or not labels:
         raise DataError(f"{path} does not hold a list of labels (strings), but {str(labels)[:60]!r}.")
+    for label in labels:
+        check_text(label, f"the label {label!r}", str(path))
     if set(labels) & set(outputs) or not outputs:
         return labels
     used = sorted(set(outputs))
@@ -103,6 +110,8 @@ def _read_instances(path: Path) -> tuple[str, list[tuple[str, str]]]:
     lines = [data["Definition"]] if isinstance(data["Definition"], str) else data["Definition"]
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise DataError(f"{path}: 'Definition' is {str(lines)[:60]!r}, not a string or a list of strings.")
+    for line in lines:
+        check_text(line, "'Definition'", str(path))
     if not isinstance(data["Instances"], list):
         raise DataError(f"{path}: 'Instances' is a {type(data['Instances']).__name__}, not a list.")
     instances = [_instance(row, f"{path}, instance {index}") for index, row in enumerate(data["Instances"])]
@@ -115,7 +124,7 @@ def _read_instances(path: Path) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _instance(row: Any, place: str) -> tuple[str, str]:
-    """(input, first output) of one instance, both stripped; the output may be empty."""
+    """(input, first output) of one instance, stripped, though an output keeps its indentation; it may be empty."""
     for key in ("input", "output"):
         if not isinstance(row, Mapping) or key not in row:
             raise DataError(f"{place} has no key '{key}'; an instance has input and output.")
@@ -125,9 +134,11 @@ def _instance(row: Any, place: str) -> tuple[str, str]:
     for key, value in (("input", text), ("output", output)):
         if not isinstance(value, str):
             raise DataError(f"{place}: '{key}' is {str(value)[:60]!r}, a {type(value).__name__}, not a string.")
+        check_text(value, f"'{key}'", place)
     if not text.strip():
         raise DataError(f"{place} has an empty 'input'; fill it or remove the instance.")
-    return text.strip(), output.strip()
+    # One space in front, as many files have it, is what separates an answer from its prompt.
+    return text.strip(), re.sub(r"^ (?!\s)", "", output.rstrip())
 
 
 def _sample(start: str, text: str, question: str, output: str) -> dict[str, str]:

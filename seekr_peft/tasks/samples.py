@@ -1,7 +1,7 @@
 """One sample of a task: finding its texts in a row, and refusing what is no sample.
 
-Every refusal names the place: file and line, or task, split and index. Imports only
-`seekr_peft.errors`; `datasets` inside functions.
+Every refusal names the place: file and line, or task, split and index. Imports
+`seekr_peft.errors` and `tasks.text`; `datasets` inside functions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seekr_peft.errors import DataError
+from seekr_peft.tasks.text import Conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,6 +52,22 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {lowered[close[0]]!r}?)" if close else ""
 
 
+def check_text(text: str, what: str, place: str) -> str:
+    """``text`` as it is, unless it cannot be written as UTF-8.
+
+    Raises:
+        DataError: it has a half of a surrogate pair, as JSON may have with "\\ud83d".
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: {what} has at character {error.start} {text[error.start]!r}, half of a surrogate pair, which is "
+            f"no character and cannot be written as UTF-8; replace it, or mend what cut the text."
+        ) from error
+    return text
+
+
 def checked_row(
     row: Mapping[str, Any],
     place: str,
@@ -58,20 +75,31 @@ def checked_row(
     answer: Field = "answer",
     instruction: Field | None = "instruction",
 ) -> dict[str, str]:
-    """One sample {'prompt', 'answer', 'instruction'} ('' = none) out of a row, or a DataError.
+    """One sample {'prompt', 'answer', 'instruction', 'prompt_messages'} ('' = none) out of a row, or a DataError.
+
+    The prompt is a text or a list of messages (role and content each), the answer a text or a list of the assistant's
+    one message. A row without an answer may have 'completion' for it, or 'messages', the last of which is the answer.
 
     Args:
         place: begins the message: the file and line, or the task and index.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{place} is {_brief(row)}, not an object with the keys of a sample.")
-    sample = {}
+    if answer == "answer" and "answer" not in row and "completion" in row:
+        answer = "completion"
+    if (prompt, answer) == ("prompt", "answer") and "answer" not in row and "messages" in row:
+        row = _split_messages(row, place)
+    sample = {"answer": _answer(row, answer, place), "prompt_messages": ""}
+    asked = _prompt(row, prompt, place)
+    if isinstance(asked, Conversation):
+        sample["prompt_messages"], sample["prompt"] = asked.to_json(), asked.readable()
+    else:
+        sample["prompt"] = asked
     for role, field in (("prompt", prompt), ("answer", answer)):
-        sample[role] = _text(row, field, role, place)
         if not sample[role].strip():
             raise DataError(f"{place} has an empty {_label(field, role)}; fill it or remove the row.")
     sample["instruction"] = _instruction(row, instruction, place)
-    if not sample["prompt"].startswith(sample["instruction"]):
+    if not sample["prompt_messages"] and not sample["prompt"].startswith(sample["instruction"]):
         raise DataError(
             f"{place} has an instruction that the prompt does not begin with: "
             f"{_brief(sample['instruction'])}; put it at the start of the prompt, or pass "
@@ -81,13 +109,12 @@ def checked_row(
 
 
 def dataset_of(samples: Iterable[Mapping[str, str]]) -> Dataset:
-    """A Dataset with prompt, answer and, when any sample has one, instruction."""
+    """A Dataset with prompt, answer and, when any sample has one, instruction and prompt_messages."""
     from datasets import Dataset, Features, Value
 
     samples = list(samples)
-    columns = ["prompt", "answer"]
-    if any(sample.get("instruction") for sample in samples):
-        columns.append("instruction")
+    optional = [name for name in ("instruction", "prompt_messages") if any(sample.get(name) for sample in samples)]
+    columns = ["prompt", "answer", *optional]
     data = {name: [sample.get(name, "") for sample in samples] for name in columns}
     return Dataset.from_dict(data, features=Features({name: Value("string") for name in columns}))
 
@@ -120,20 +147,106 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _text(row: Mapping[str, Any], field: Field, role: str, place: str) -> str:
+def _value(row: Mapping[str, Any], field: Field, role: str, place: str) -> Any:
     if callable(field):
-        value = field(row)
-    elif field in row:
-        value = row[field]
-    else:
-        present = ", ".join(map(repr, row)) or "none"
-        raise DataError(
-            f"{place} has no key {field!r}, the {role}, but {present}; "
-            f"{_rename(field, row)}add it, or name the key that holds the {role}."
-        )
+        return field(row)
+    if field in row:
+        return row[field]
+    present = ", ".join(map(repr, row)) or "none"
+    raise DataError(
+        f"{place} has no key {field!r}, the {role}, but {present}; "
+        f"{_rename(field, row)}add it, or name the key that holds the {role}."
+    )
+
+
+def _checked_string(value: Any, what: str, place: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {_label(field, role)} is {_brief(value)}, not a string; convert it to text.")
-    return value
+        raise DataError(f"{place}: {what} is {_brief(value)}, not a string; convert it to text.")
+    return check_text(value, what, place)
+
+
+def _text(row: Mapping[str, Any], field: Field, role: str, place: str) -> str:
+    return _checked_string(_value(row, field, role, place), _label(field, role), place)
+
+
+def _prompt(row: Mapping[str, Any], field: Field, place: str) -> str | Conversation:
+    if row.get("prompt_messages") and isinstance(row["prompt_messages"], str):
+        # A sample of a task that is read once more.
+        return Conversation.from_json(row["prompt_messages"])
+    value, label = _value(row, field, "prompt", place), _label(field, "prompt")
+    if not isinstance(value, list):
+        return _checked_string(value, label, place)
+    if not value:
+        raise DataError(f"{place}: {label} is a list without messages; give one at least.")
+    messages = [_message(message, f"{place}: message {index} of {label}") for index, message in enumerate(value)]
+    return Conversation(messages, _tools(row, place))
+
+
+def _answer(row: Mapping[str, Any], field: Field, place: str) -> str:
+    value, label = _value(row, field, "answer", place), _label(field, "answer")
+    if not isinstance(value, list):
+        return _checked_string(value, label, place)
+    roles = [message.get("role") if isinstance(message, Mapping) else None for message in value]
+    if roles != ["assistant"]:
+        raise DataError(
+            f"{place}: {label} is a list of messages by {', '.join(map(repr, roles)) or 'nobody'}; it must be the "
+            f"assistant's one message, or a string."
+        )
+    return _checked_string(value[0].get("content"), f"'content' of {label}", place)
+
+
+def _split_messages(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The row with prompt and answer instead of messages."""
+    messages = row["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(
+            f"{place}: 'messages' is {_brief(messages)}; it must be a list of two messages or more, the last of which "
+            f"is the assistant's answer."
+        )
+    last = messages[-1]
+    role = last.get("role") if isinstance(last, Mapping) else None
+    if role != "assistant":
+        raise DataError(
+            f"{place}: 'messages' ends with a message by {role!r}; it must end with the assistant's answer."
+        )
+    return {**row, "prompt": messages[:-1], "answer": messages[-1:]}
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    """A message as the chat template gets it; keys without a value, as columns of a Dataset have, are left out."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise DataError(f"{place} is {_brief(message)}; it must be an object with role and content.")
+    if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        raise DataError(f"{place}: 'content' is {_brief(message.get('content'))}, not a string; convert it to text.")
+    kept = {key: value for key, value in message.items() if value is not None or key == "content"}
+    return _checked_tree(kept, place)
+
+
+def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            raise DataError(f"{place}: 'tools' is {_brief(row['tools'])}, not a list, nor JSON of one.") from None
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"{place}: 'tools' is {_brief(tools)}, not a list, nor JSON of one.")
+    return _checked_tree(tools, f"{place}: 'tools'") or None
+
+
+def _checked_tree(value: Any, place: str) -> Any:
+    """Plain JSON values with every text in them checked."""
+    if isinstance(value, str):
+        return check_text(value, "a text", place)
+    if isinstance(value, Mapping):
+        return {
+            check_text(str(key), "a key", place): _checked_tree(own, f"{place}, {key!r}") for key, own in value.items()
+        }
+    if isinstance(value, list):
+        return [_checked_tree(own, place) for own in value]
+    if value is None or isinstance(value, int | float):
+        return value
+    raise DataError(f"{place} holds {_brief(value)}, a {type(value).__name__}, which is no JSON; convert it to text.")
 
 
 def _instruction(row: Mapping[str, Any], field: Field | None, place: str) -> str:

@@ -1,7 +1,7 @@
 """One task of a sequence: its name, its training and test samples, and how answers are scored.
 
 `Task` is made from records, JSON-lines files or Hugging Face datasets. Imports `seekr_peft.errors`,
-`tasks.samples` and `tasks.tokenize`; `datasets` only inside functions, so that reading a recipe
+`tasks.samples`, `tasks.text` and `tasks.tokenize`; `datasets` only inside functions, so that reading a recipe
 stays cheap.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,14 @@ from seekr_peft.errors import DataError
 from seekr_peft.tasks.samples import (
     Field,
     check_name,
+    check_text,
     checked_row,
     dataset_of,
     read_json_lines,
     suggestion,
 )
-from seekr_peft.tasks.tokenize import encode, prepare_tokenizer, prompt_room_of
+from seekr_peft.tasks.text import Conversation, Prompt, TextCodec
+from seekr_peft.tasks.tokenize import SampleTokens, prepare_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +44,9 @@ class Task:
     Args:
         name: also the name of the task's folder in a run; letters, digits, '.', '_' and '-'.
         train: columns 'prompt' and 'answer' (strings) and, optionally, 'instruction': the leading
-            part of the prompt, which truncation keeps ('' where a sample has none).
+            part of the prompt, which truncation keeps ('' where a sample has none), and
+            'prompt_messages': the prompt as messages (JSON; '' where it is plain text), which the tokenizer's
+            chat template writes; 'prompt' is then for people to read.
         test: the same columns; it stays text, since generation tokenises it.
         metric: one of `METRICS`.
         choices: the possible answers of a classification task, or None.
@@ -59,6 +63,7 @@ class Task:
     metric: str = "accuracy"
     choices: Sequence[str] | None = None
     cut: int | None = None
+    _room: tuple[Any, int, int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -86,14 +91,19 @@ class Task:
     ) -> Task:
         """Make a task from rows (dicts), each a sample.
 
+        A prompt may be a list of messages ({role, content}), and its answer a list of the assistant's one message: such
+        samples are written by the tokenizer's chat template. A row without an answer may have 'completion' for it, or
+        'messages', the last of which, the assistant's, is the answer, and all that come before it the prompt: earlier
+        turns of the assistant are not trained. 'tools' goes to the template as well.
+
         Args:
             prompt, answer: the key of the text in a row, or a function from the row to the text.
             instruction: likewise, for the leading part of the prompt; rows without it have none.
                 None ignores such a column.
 
         Raises:
-            DataError: a row without one of the keys, or whose text is empty or no string; the
-                message names task, split, index and key.
+            DataError: a row without one of the keys, or whose text is empty, no string, or cannot be
+                written as UTF-8; messages that are none; the message names task, split, index and key.
         """
         check_name(name)
         fields = (prompt, answer, instruction)
@@ -152,26 +162,43 @@ class Task:
         """
         return cls.from_records(name, train, test, prompt, answer, instruction, metric, choices)
 
+    def as_chat(self) -> Task:
+        """The same task with each plain prompt as a user's message, which the tokenizer's chat template writes."""
+        return replace(self, train=_as_chat(self.train), test=_as_chat(self.test))
+
+    def check_texts(self, tokenizer: Any) -> None:
+        """Find what `tokenized` would refuse in the training samples, which is quicker than tokenising them.
+
+        Raises:
+            DataError: as `tokenized`.
+        """
+        codec, place = TextCodec(prepare_tokenizer(tokenizer)), f"Task '{self.name}', train row"
+        codec.tails(codec.questions(prompts_of(self.train), place), list(self.train["answer"]), place)
+
     def tokenized(self, tokenizer: Any, max_length: int = 512) -> Task:
         """The same task with `train` tokenised: adds input_ids, attention_mask and labels.
 
         Labels are -100 on the prompt. Prompts that are too long are all cut to one length (`prompt_room`), so that
         the place of an answer says nothing about it. `cut` of the new task counts the samples that did not fit in
-        `max_length` tokens and were shortened. `test` stays text.
+        `max_length` tokens and were shortened. `test` stays text. Conversations become exactly what TRL's SFTTrainer
+        trains on for the same prompt and completion.
+
+        Where a tokenizer joins characters across the end of a prompt, or puts spaces where the text has none, an
+        answer's tokens are not those of the whole text; how many samples that are is logged.
 
         Raises:
-            DataError: a tokenizer without an end-of-sequence token, or a `max_length` too small.
+            DataError: a tokenizer without an end-of-sequence token, or without a chat template for conversations; an
+                answer with an end in it; a `max_length` too small.
         """
         from datasets import Dataset, Features, List, Value
 
-        prepare_tokenizer(tokenizer)
-        kept = ("prompt", "answer", "instruction")
+        kept = ("prompt", "answer", "instruction", "prompt_messages")
         columns = [name for name in kept if name in self.train.column_names]
         data: dict[str, list] = {name: list(self.train[name]) for name in columns}
-        instructions = data.get("instruction", [""] * len(self.train))
-        rows = zip(data["prompt"], data["answer"], instructions, strict=True)
-        room = self.prompt_room(tokenizer, max_length)
-        encoded = [encode(tokenizer, *row[:2], max_length, row[2], room) for row in rows]
+        tokens = self._train_tokens(tokenizer)
+        encoded = tokens.encoded(
+            max_length, self._remember_room(tokenizer, max_length, tokens), instructions_of(self.train)
+        )
         data["input_ids"] = [sample.input_ids for sample in encoded]
         data["attention_mask"] = [[1] * len(sample.input_ids) for sample in encoded]
         data["labels"] = [sample.labels for sample in encoded]
@@ -184,11 +211,36 @@ class Task:
             f"Task '{self.name}': {cut} of {len(encoded)} training samples did not fit in "
             f"{max_length} tokens and were shortened.",
         )
+        self._tell_foreign(sum(not sample.own for sample in encoded), len(encoded))
+        if tokens.codec.endless_template:
+            logger.warning(
+                f"Task '{self.name}': the tokenizer's chat template ends an answer with no token of its own, so the "
+                f"model is not taught where to stop; add tokenizer.eos_token to the template."
+            )
         return replace(self, train=Dataset.from_dict(data, features=Features(features)), cut=cut)
 
     def prompt_room(self, tokenizer: Any, max_length: int) -> int:
         """Tokens that a prompt of this task may have, in training as in testing; see `prompt_room_of`."""
-        return prompt_room_of(tokenizer, list(self.train["prompt"]), list(self.train["answer"]), max_length)
+        known = self._room
+        if known is not None and known[0] is tokenizer and known[1:3] == (len(tokenizer), max_length):
+            return known[3]
+        return self._remember_room(tokenizer, max_length, self._train_tokens(tokenizer))
+
+    def _train_tokens(self, tokenizer: Any) -> SampleTokens:
+        place = f"Task '{self.name}', train row"
+        return SampleTokens(tokenizer, prompts_of(self.train), list(self.train["answer"]), place)
+
+    def _remember_room(self, tokenizer: Any, max_length: int, tokens: SampleTokens) -> int:
+        room = tokens.room(max_length)
+        object.__setattr__(self, "_room", (tokenizer, len(tokenizer), max_length, room))
+        return room
+
+    def _tell_foreign(self, foreign: int, total: int) -> None:
+        if foreign:
+            logger.warning(
+                f"Task '{self.name}': for {foreign} of {total} training samples the tokenizer's tokens of the whole "
+                f"text do not part where the prompt ends, or do not read back as that text; others that do are trained."
+            )
 
     def fingerprint(self) -> str:
         """SHA-256 over the texts of both splits, in order: the same data, the same fingerprint."""
@@ -197,7 +249,36 @@ class Task:
             for column in ("prompt", "answer", "instruction"):
                 texts = list(split[column]) if column in split.column_names else []
                 digest.update(json.dumps(texts).encode())
+            if "prompt_messages" in split.column_names:
+                digest.update(json.dumps(list(split["prompt_messages"])).encode())
         return digest.hexdigest()
+
+
+def prompts_of(dataset: Dataset) -> list[Prompt]:
+    """The prompt of each sample: its text, or the conversation where it has one."""
+    texts = list(dataset["prompt"])
+    if "prompt_messages" not in dataset.column_names:
+        return texts
+    pairs = zip(texts, dataset["prompt_messages"], strict=True)
+    return [Conversation.from_json(conversation) if conversation else text for text, conversation in pairs]
+
+
+def instructions_of(dataset: Dataset) -> list[str]:
+    """The leading part of each prompt that truncation keeps; '' = none."""
+    return list(dataset["instruction"]) if "instruction" in dataset.column_names else [""] * len(dataset)
+
+
+def _as_chat(dataset: Dataset) -> Dataset:
+    conversations = [
+        prompt if isinstance(prompt, Conversation) else Conversation([{"role": "user", "content": prompt}])
+        for prompt in prompts_of(dataset)
+    ]
+    columns = [name for name in ("prompt", "answer", "instruction") if name in dataset.column_names]
+    rows = (
+        {**row, "prompt_messages": conversation.to_json()}
+        for row, conversation in zip(dataset.select_columns(columns), conversations, strict=True)
+    )
+    return dataset_of(rows)
 
 
 def _checked_choices(name: str, choices: Sequence[str]) -> tuple[str, ...]:
@@ -207,6 +288,8 @@ def _checked_choices(name: str, choices: Sequence[str]) -> tuple[str, ...]:
         raise DataError(
             f"Task '{name}' has the choices {choices!r}; give a list of different, non-empty strings, or None."
         )
+    for choice in values:
+        check_text(choice, f"the choice {choice!r}", f"Task '{name}'")
     return values
 
 

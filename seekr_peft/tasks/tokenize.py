@@ -1,7 +1,7 @@
 """From text to token ids: a prompt and its answer, shortened to fit, and padded into batches.
 
-The loss is on the answer tokens alone, so labels are -100 on the prompt. Imports only
-`seekr_peft.errors`; torch inside functions.
+The loss is on the answer tokens alone, so labels are -100 on the prompt. Imports `seekr_peft.errors` and
+`tasks.text`; torch inside functions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from seekr_peft.errors import DataError
+from seekr_peft.tasks.text import AnswerTokens, Prompt, Question, TextCodec, tokenizer_name
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +27,14 @@ class Encoded:
     """One sample as token ids; `input_ids` and `labels` have the same length.
 
     `labels` is -100 on the prompt and the token id on the answer and its end-of-sequence token;
-    `cut` says whether tokens were dropped to fit.
+    `cut` says whether tokens were dropped to fit, `own` whether the tokens of prompt and answer were, before that,
+    those that the tokenizer gives to their whole text.
     """
 
     input_ids: list[int]
     labels: list[int]
     cut: bool
+    own: bool = True
 
 
 def prepare_tokenizer(tokenizer: Any) -> Any:
@@ -45,7 +48,7 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     """
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"The tokenizer {_name(tokenizer)} has no end-of-sequence token, with which every "
+            f"The tokenizer {tokenizer_name(tokenizer)} has no end-of-sequence token, with which every "
             "answer "
             "ends; set tokenizer.eos_token to a token of its vocabulary."
         )
@@ -56,7 +59,7 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
 
 def encode(
     tokenizer: Any,
-    prompt: str,
+    prompt: Prompt,
     answer: str,
     max_length: int,
     instruction: str | None = None,
@@ -64,8 +67,9 @@ def encode(
 ) -> Encoded:
     """Token ids of a prompt and its answer, at most `max_length` of them.
 
-    The prompt gets the special tokens that the tokenizer puts in front. The answer, stripped and
-    set off by a space where the prompt does not end in whitespace, ends with end-of-sequence.
+    The tokens are those of the whole text (see `tasks.text`): the prompt after the special tokens that the tokenizer
+    puts in front, the answer without whitespace at its end, a space between them where neither brings whitespace, and
+    end-of-sequence. A conversation is written by the tokenizer's chat template instead, which puts all of these itself.
     What does not fit is dropped from the middle of the prompt (see `encode_prompt`); the answer
     loses its end only when it needs more than half of `max_length` and more than the prompt leaves.
 
@@ -74,38 +78,75 @@ def encode(
         prompt_room: tokens of the prompt at most, however short the answer is (see `prompt_room_of`).
 
     Raises:
-        DataError: no end-of-sequence token, or a `max_length` below 4.
+        DataError: no end-of-sequence token, one within the answer, or a `max_length` below 4.
     """
-    _check_max_length(max_length)
-    prepare_tokenizer(tokenizer)
-    whole = _prompt_ids(tokenizer, prompt)
-    prompt_ids = _shorten(tokenizer, whole, prompt_room or max_length, instruction)
-    answer_ids = _answer_ids(tokenizer, prompt, answer)
-    cut = len(prompt_ids) < len(whole)
-    if len(prompt_ids) + len(answer_ids) > max_length:
-        cut = True
-        answer_room = max(max_length // 2, max_length - len(prompt_ids))
-        if len(answer_ids) > answer_room:
-            answer_ids = [*answer_ids[: answer_room - 1], tokenizer.eos_token_id]
-        prompt_ids = _shorten(tokenizer, whole, max_length - len(answer_ids), instruction)
-    labels = [IGNORED_LABEL] * len(prompt_ids) + answer_ids
-    return Encoded(prompt_ids + answer_ids, labels, cut)
+    tokens = SampleTokens(tokenizer, [prompt], [answer])
+    return tokens.encoded(max_length, prompt_room or max_length, [instruction])[0]
 
 
-def prompt_room_of(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_length: int) -> int:
+class SampleTokens:
+    """The tokens of prompts and answers before they are shortened: `encoded` makes them fit.
+
+    Args:
+        place: begins the messages about a sample; its index follows.
+
+    Raises:
+        DataError: as `encode`.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], place: str = "Sample"
+    ) -> None:
+        self.codec = TextCodec(prepare_tokenizer(tokenizer))
+        self.questions = self.codec.questions(prompts, place)
+        self.prompts = self.codec.prompt_ids(self.questions)
+        self.answers = self.codec.answers(self.questions, self.prompts, answers, place)
+
+    def room(self, max_length: int) -> int:
+        """Tokens that every prompt may have; see `prompt_room_of`."""
+        longest = max((len(answer.ids) for answer in self.answers), default=0)
+        return max_length - min(longest, max_length // 4)
+
+    def encoded(self, max_length: int, room: int, instructions: Sequence[str | None]) -> list[Encoded]:
+        """Each sample in at most `max_length` tokens, at most `room` of them the prompt's."""
+        _check_max_length(max_length)
+        rows = zip(self.questions, self.prompts, self.answers, instructions, strict=True)
+        return [self._fitted(*row, max_length, room) for row in rows]
+
+    def _fitted(
+        self,
+        question: Question,
+        whole: list[int],
+        answer: AnswerTokens,
+        instruction: str | None,
+        length: int,
+        room: int,
+    ) -> Encoded:
+        answer_ids = answer.ids
+        prompt_ids = shortened(self.codec, question, whole, room, instruction)
+        cut = len(prompt_ids) < len(whole)
+        if len(prompt_ids) + len(answer_ids) > length:
+            cut = True
+            answer_room = max(length // 2, length - len(prompt_ids))
+            if len(answer_ids) > answer_room:
+                answer_ids = [*answer_ids[: answer_room - 1], self.codec.end_of(question)]
+            prompt_ids = shortened(self.codec, question, whole, length - len(answer_ids), instruction)
+        labels = [IGNORED_LABEL] * len(prompt_ids) + answer_ids
+        return Encoded(prompt_ids + answer_ids, labels, cut, answer.own)
+
+
+def prompt_room_of(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int) -> int:
     """Tokens that every prompt of a task may have: what its longest answer leaves, at least 3/4 of `max_length`.
 
     Were each prompt cut to what its own answer leaves, the place where a prompt ends would tell the answer's length,
     and a model can learn the labels from that alone (agnews at 96 tokens: training loss 0.06, test accuracy below
     the majority class; docs/pitfalls.md).
     """
-    pairs = zip(prompts, answers, strict=True)
-    longest = max((len(_answer_ids(tokenizer, *pair)) for pair in pairs), default=0)
-    return max_length - min(longest, max_length // 4)
+    return SampleTokens(tokenizer, prompts, answers).room(max_length)
 
 
-def encode_prompt(tokenizer: Any, prompt: str, max_length: int, instruction: str | None = None) -> list[int]:
-    """Token ids of a prompt to be answered, at most `max_length` of them.
+def encode_prompt(tokenizer: Any, prompt: Prompt, max_length: int, instruction: str | None = None) -> list[int]:
+    """Token ids of a prompt to be answered, at most `max_length` of them: those that `encode` puts before the answer.
 
     A prompt that does not fit keeps its instruction and then, of what follows, as much of the
     beginning as of the end: the middle of the input is dropped. Without an instruction that is the
@@ -116,7 +157,21 @@ def encode_prompt(tokenizer: Any, prompt: str, max_length: int, instruction: str
         DataError: a `max_length` below 4.
     """
     _check_max_length(max_length)
-    return _shorten(tokenizer, _prompt_ids(tokenizer, prompt), max_length, instruction)
+    codec = TextCodec(tokenizer)
+    questions = codec.questions([prompt])
+    return shortened(codec, questions[0], codec.prompt_ids(questions)[0], max_length, instruction)
+
+
+def shortened(
+    codec: TextCodec, question: Question, ids: list[int], room: int, instruction: str | None = None
+) -> list[int]:
+    """`ids` of a whole question without its middle, so that `room` tokens remain; see `encode_prompt`."""
+    if len(ids) <= room:
+        return ids
+    # Counted by tokenising the beginning alone: a token that spans its end is counted too.
+    kept = min(codec.count(question, instruction or ""), room * 3 // 4)
+    head = kept + (room - kept) // 2
+    return ids[:head] + ids[len(ids) - (room - head) :]
 
 
 @dataclass(frozen=True)
@@ -161,42 +216,8 @@ class AnswerCollator:
         return torch.tensor(padded, dtype=torch.long)
 
 
-def _shorten(tokenizer: Any, ids: list[int], room: int, instruction: str | None) -> list[int]:
-    """`ids` without its middle, so that `room` tokens remain."""
-    if len(ids) <= room:
-        return ids
-    # Counted by tokenising the instruction alone: a token that spans its end is counted too.
-    kept = len(_prompt_ids(tokenizer, instruction)) if instruction else 0
-    kept = min(kept, room * 3 // 4)
-    head = kept + (room - kept) // 2
-    return ids[:head] + ids[len(ids) - (room - head) :]
-
-
-def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    separator = "" if prompt[-1:].isspace() else " "
-    return [*_ids(tokenizer, separator + answer.strip(), add_special_tokens=False), tokenizer.eos_token_id]
-
-
-def _prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of `text` with the tokenizer's special tokens, but no end-of-sequence at its end."""
-    ids = _ids(tokenizer, text, add_special_tokens=True)
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
-
-
-def _ids(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
-    # verbose=False: no "longer than the maximum" message about text that is shortened afterwards.
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-    return list(encoded["input_ids"])
-
-
-def _check_max_length(max_length: int) -> None:
+def _check_max_length(max_length: Any) -> None:
     if not isinstance(max_length, int) or max_length < SMALLEST_MAX_LENGTH:
         raise DataError(
             f"max_length is {max_length!r}; it must be a whole number of tokens, {SMALLEST_MAX_LENGTH} or more."
         )
-
-
-def _name(tokenizer: Any) -> str:
-    return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
