@@ -22,6 +22,7 @@ from ..adapters import AdapterStack, Mode, RankLimit
 from ..config import SeekrConfig
 from ..errors import ConfigError, RunError
 from ..losses import ReplayTerms
+from ..model_kind import check_model
 
 logger = logging.getLogger("seekr_peft")
 
@@ -52,6 +53,9 @@ class ContinualMethod:
         directory: Where finished tasks are written (``tasks/NN-name/``); None uses a temporary directory that lives
             as long as this object: call ``save_pretrained`` to keep it.
         adapter_mode, rank_limit: See ``AdapterStack``.
+
+    Raises:
+        AdapterError: ``model`` is no PeftModel around a causal language model of text, or a weight of it is not finite.
     """
 
     name: ClassVar[str] = ""
@@ -79,6 +83,9 @@ class ContinualMethod:
                 f"method {self.name!r} needs adapter_mode {' or '.join(map(repr, self.adapter_modes))}, got "
                 f"{adapter_mode!r}; in a recipe set adapter.mode."
             )
+        if isinstance(model, PeftModel):
+            # The stack refuses anything else.
+            check_model(model)
         self.model = model
         self.config = config or SeekrConfig()
         self.stack = AdapterStack(model, adapter_mode, rank_limit)

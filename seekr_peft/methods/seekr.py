@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionTap, head_shape
 from ..attention.call import AttentionCall
-from ..attention.support import attention_modules, base_transformer, uses_reentrant_checkpointing
+from ..attention.support import attention_modules, base_transformer, check_capture, uses_reentrant_checkpointing
 from ..config import SeekrConfig
 from ..errors import CaptureError, MemoryFormatError
 from ..forward import answer_logits
@@ -51,7 +51,9 @@ class Seekr(Replay):
         self.importance = ImportanceRecord()
         self.selections: list[HeadSelection] = []
         self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
-        # Refuse a model without attention now, not after the first task.
+        # Refuse a model whose attention cannot be seen now, not after the first task.
+        if config.attention_distillation:
+            check_capture(model)
         self._shape = head_shape(model)
         self._layers = sorted(attention_modules(model))
 
