@@ -28,7 +28,7 @@ _LABELS_IN_PLACE = {
     *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     *modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     *("trocr", "xlm", "flaubert", "xlnet", "cpmant"),
-} - {"prophetnet"}
+}
 """Families, decoders of encoder-decoders above all, whose loss compares a label with the logits at its own place."""
 
 _HEAD = re.compile(r"For(?P<task>[A-Z]\w*)$")

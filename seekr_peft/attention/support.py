@@ -78,6 +78,11 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """
     root = base_transformer(model)
     name = type(root).__name__
+    if not has_attention(root):
+        raise CaptureError(
+            f"{name} has no softmax attention module that belongs to one layer, so there is no attention to distil; "
+            f"use a model with attention layers, or method 'replay', which needs none."
+        )
     modules: dict[int, nn.Module] = {}
     for path, layer, module in _structure(root).attention:
         if layer in modules:
@@ -86,12 +91,13 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
                 f"{path}), as encoder-decoders have; use a model with one in each layer."
             )
         modules[layer] = _alive(module)
-    if not modules or _n_heads(root) is None:
-        raise CaptureError(
-            f"{name} has no softmax attention module that belongs to one layer, so there is no attention to distil; "
-            f"use a model with attention layers, or method 'replay', which needs none."
-        )
     return modules
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether ``model`` has softmax attention that belongs to its layers."""
+    root = base_transformer(model)
+    return bool(_structure(root).attention) and _n_heads(root) is not None
 
 
 def head_shape(model: nn.Module) -> tuple[int, int]:
@@ -142,7 +148,7 @@ def attention_functions(module: nn.Module) -> Any:
     return getattr(sys.modules[type(module).__module__], _FUNCTIONS, None)
 
 
-def supports_implementation_by_name(model_class: type[nn.Module]) -> bool:
+def looks_functions_up(model_class: type[nn.Module]) -> bool:
     """Whether attention modules of ``model_class`` take their function from a table that others may be put into."""
     return hasattr(sys.modules[model_class.__module__], _FUNCTIONS)
 
