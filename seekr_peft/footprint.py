@@ -42,6 +42,9 @@ from .recipe import DEMO, Recipe, task_order
 from .tasks import read_tasks
 
 _ATTENTION = "seekr_footprint"
+_CACHES = ("past_key_values", "cache_params", "state")
+"""What a model's output calls that which it keeps for the next token."""
+
 _BYTES_OF_4_BIT_BLOCK = 64
 """bitsandbytes keeps one scale for so many 4-bit weights."""
 
@@ -694,13 +697,17 @@ def _evaluation(recipe: Recipe, model: Any, length: int) -> int:
     """The prompts of one batch, or their answers' last token: then the cache is full."""
     model.eval()
     batch_size, new = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
-    batch = _tokens(batch_size, length)
     # A task that has ended is part of the frozen sum.
     with torch.no_grad(), _only_earlier(model), _counted(model) as memory:
-        output = model(**batch, use_cache=True, logits_to_keep=1)
-    # Layers of a state-space model keep a state that does not grow; some models (OpenAI's GPT) keep nothing.
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-    parts = [part.nbytes for layer in layers for part in _keys_and_values(layer)]
+        output = model(**_tokens(batch_size, length), use_cache=True, logits_to_keep=1)
+    cache = next((output[name] for name in _CACHES if output.get(name) is not None), None)
+    if cache is None:
+        # Such a model (OpenAI's GPT) reads everything again for each token.
+        with torch.no_grad(), _only_earlier(model), _counted(model) as memory:
+            model(**_tokens(batch_size, length + new))
+        return memory.peak
+    # Layers of a state-space model keep a state that does not grow.
+    parts = [part.nbytes for layer in getattr(cache, "layers", []) for part in _keys_and_values(layer)]
     # A token is joined to a layer's keys, and then to its values, by a copy of them.
     full_and_copy = (sum(parts) + max(parts, default=0)) * (length + new) // length
     return max(memory.peak, full_and_copy)
