@@ -107,7 +107,7 @@ def tiny_openai_gpt(attention: str = "eager", **changes: Any) -> nn.Module:
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
     sizes = {"vocab_size": VOCABULARY, "n_embd": 60, "n_layer": N_LAYERS, "n_head": N_HEADS, "n_positions": 128}
-    options = {"initializer_range": 0.2, "attn_pdrop": 0.0}
+    options = {"initializer_range": 0.2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     return _build(OpenAIGPTLMHeadModel, OpenAIGPTConfig(**{**sizes, **options, **changes}), attention)
 
 

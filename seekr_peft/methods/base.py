@@ -44,8 +44,8 @@ class ContinualMethod:
                 with method.replay_terms(model) as terms: terms.total.backward()
                                                         # on exit: after_training, save, freeze
 
-    Subclasses override ``before_training``, ``after_training``, ``replay_due``, ``replay_terms`` and ``penalty``. A
-    hand-written loop adds ``penalty()`` to its loss once per optimiser step.
+    Subclasses override ``check_model``, ``before_training``, ``after_training``, ``replay_due``, ``replay_terms`` and
+    ``penalty``. A hand-written loop adds ``penalty()`` to its loss once per optimiser step.
 
     Args:
         model: A PeftModel with one LoRA adapter, which serves as the template of the tasks' adapters.
@@ -83,11 +83,11 @@ class ContinualMethod:
                 f"method {self.name!r} needs adapter_mode {' or '.join(map(repr, self.adapter_modes))}, got "
                 f"{adapter_mode!r}; in a recipe set adapter.mode."
             )
-        if isinstance(model, PeftModel):
-            # The stack refuses anything else.
-            check_model(model)
         self.model = model
         self.config = config or SeekrConfig()
+        if isinstance(model, PeftModel):
+            # The stack refuses anything else; what is refused here leaves the model as it was.
+            self.check_model(model)
         self.stack = AdapterStack(model, adapter_mode, rank_limit)
         self.directory = Path(directory or tempfile.mkdtemp(prefix="seekr-peft-"))
         if directory is None:
@@ -97,6 +97,10 @@ class ContinualMethod:
         self._step = self._n_replayed = 0
 
     # For subclasses ---------------------------------------------------------------------------------------------
+
+    def check_model(self, model: PeftModel) -> None:
+        """Refuse a model that the method cannot train; called before anything of it is touched."""
+        check_model(model)
 
     def before_training(self, replay_from: Any) -> None:
         """Called when a task begins, after its adapter was made."""

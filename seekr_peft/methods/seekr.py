@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -51,11 +52,14 @@ class Seekr(Replay):
         self.importance = ImportanceRecord()
         self.selections: list[HeadSelection] = []
         self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
-        # Refuse a model whose attention cannot be seen now, not after the first task.
-        if config.attention_distillation:
-            check_capture(model)
         self._shape = head_shape(model)
         self._layers = sorted(attention_modules(model))
+
+    def check_model(self, model: PeftModel) -> None:
+        super().check_model(model)
+        # Now, not when the heads are scored after the first task.
+        if self.config.attention_distillation:
+            check_capture(model)
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
         # Before the first task is trained, not when its heads are scored.
