@@ -22,25 +22,29 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 from .adapters import check_summable, resolved_rank_limit
 from .attention import AttentionCall, AttentionTap, TeacherRows, attention_modules, head_shape
 from .attention.rows import BROADEST, HeadPairs
-from .attention.support import EAGER
+from .attention.support import EAGER, base_transformer, check_capture, has_attention, looks_functions_up
 from .config import SeekrConfig, budget_count
-from .errors import ConfigError
-from .forward import evaluation_mode
+from .errors import ConfigError, SeekrError
+from .forward import differentiable_input, evaluation_mode
 from .heads import HeadSelection
 from .memory import ReplaySample, choose_queries, estimate_bytes, replay_count
 from .methods import ContinualMethod, get_method
-from .modeling import CHECKPOINTING, add_adapter, compute_dtype, resolve_name
+from .model_kind import causal_class
+from .modeling import CHECKPOINTING, add_adapter, attention_implementation, compute_dtype, read_config
 from .peak_memory import PeakMemory
 from .recipe import DEMO, Recipe, task_order
 from .tasks import read_tasks
 
 _ATTENTION = "seekr_footprint"
+_CACHES = ("past_key_values", "cache_params", "state")
+"""What a model's output calls that which it keeps for the next token."""
+
 _BYTES_OF_4_BIT_BLOCK = 64
 """bitsandbytes keeps one scale for so many 4-bit weights."""
 
@@ -104,7 +108,9 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
         answer_tokens: Answer tokens of a sample; None takes ``evaluation.max_new_tokens``.
 
     Raises:
-        ConfigError: The base model's configuration cannot be read, or its adapter does not fit.
+        ConfigError: The base model's configuration cannot be read, or is of none that can be trained; its adapter does
+            not fit; its memory cannot be predicted.
+        CaptureError: The method distils attention, and the model's cannot be captured.
         AdapterError: The adapter is none that can be added up over the tasks.
         DataError: The samples had to be counted and a file is broken.
     """
@@ -114,7 +120,7 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     if n_train is None:
         tasks = read_tasks(recipe.tasks.format, str(recipe.tasks.path), recipe.tasks.order, max_test=1)
         n_train = max(len(task.train) for task in tasks)
-    config = _model_config(recipe)
+    config = read_config(recipe.model)
     # No prompt is longer than the model's own positions.
     length = min(recipe.tasks.max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9)
     answers = min(answer_tokens or recipe.evaluation.max_new_tokens, length - 1)
@@ -127,6 +133,9 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     base += _scale_bytes(recipe, model) + sum(buffer.nbytes for buffer in model.buffers())
     method = recipe.method_config()
     attention = method.attention_distillation and "attention" in kind.teacher_signals
+    if attention:
+        # As the method will.
+        check_capture(model)
     distils_logits = method.logits_distillation and "logits" in kind.teacher_signals
     logit_top_k = method.logit_top_k if distils_logits else 0
     sample = _sample(length, answers, method)
@@ -217,28 +226,19 @@ def _memory_here() -> int:
 # The model on the meta device -----------------------------------------------------------------------------------
 
 
-def _model_config(recipe: Recipe) -> Any:
-    name = resolve_name(recipe.model)
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"model.name_or_path: the configuration of {name} cannot be read: {detail}") from error
-
-
 def _meta_model(recipe: Recipe, config: Any) -> Any:
     """The recipe's quantised base with the LoRA adapter, of tensors without memory."""
     dtype = compute_dtype(recipe.model)
-    # Eager attention is made of plain operators, which are counted as they are.
-    kernel = EAGER if recipe.model.attn_implementation == EAGER else _ATTENTION
+    kernel = _kernel(recipe, config)
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
-        except ValueError as error:
-            detail = " ".join(str(error).split())
+        except Exception as error:
+            # What a configuration's class does not check itself fails in many ways.
+            detail = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"model.name_or_path: {recipe.model.name_or_path} cannot be made: {detail}") from error
         base.config.use_cache = False
         base.requires_grad_(False)
@@ -255,6 +255,17 @@ def _meta_model(recipe: Recipe, config: Any) -> Any:
         check_summable(model)
     _mimic_lora(recipe, model)
     return model
+
+
+def _kernel(recipe: Recipe, config: Any) -> str:
+    """The attention to build the model with: the stand-in for a fused kernel, where the model's file looks it up by
+    name. What a family computes itself is made of plain operators, which are counted as they are."""
+    wanted = attention_implementation(recipe.model.attn_implementation, config)
+    model_class, _ = causal_class(config)
+    if wanted == EAGER or model_class is None or looks_functions_up(model_class):
+        return EAGER if wanted == EAGER else _ATTENTION
+    # Falcon calls torch's own; GPT-Neo has a class of its own for flash attention, which needs a GPU.
+    return wanted if wanted == "sdpa" else EAGER
 
 
 def _add_earlier(recipe: Recipe, model: Any, n_tasks: int) -> None:
@@ -347,7 +358,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What a fused kernel keeps: q, k, v, the output and one number a row."""
     lowered = getattr(module, "lowered", query.dtype)
@@ -450,7 +461,8 @@ def _autocast(model: nn.Module, lowered: torch.dtype | None) -> Iterator[None]:
         return
     casts: list[Tensor] = []
     linear = [module for module in model.modules() if type(module) is nn.Linear]
-    attention = attention_modules(model).values()
+    # Only eager attention's products are not in a linear layer, nor in the stand-in.
+    attention = attention_modules(model).values() if has_attention(model) else []
 
     def finish(module: nn.Module, args: Any, output: Any) -> None:
         casts.clear()
@@ -527,10 +539,31 @@ def _sample_bytes(model: Any, method: SeekrConfig, sample: ReplaySample, n_heads
 
 def _peak(model: nn.Module, step: Callable[[], object]) -> int:
     model.zero_grad()
-    with PeakMemory() as memory, _GroupedProducts():
+    with _counted(model) as memory:
         step()
     model.zero_grad()
     return memory.peak
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[PeakMemory]:
+    """The sizes of what is allocated inside, by the model's own code above all.
+
+    Raises:
+        ConfigError: That code does what no tensor without values can.
+    """
+    try:
+        with PeakMemory() as memory, _GroupedProducts():
+            yield memory
+    except (SeekrError, MemoryError):
+        raise
+    except Exception as error:
+        detail = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"model.name_or_path: the memory that {type(base_transformer(model)).__name__} needs cannot be predicted, "
+            f"since its forward needs the values of its tensors and not only their sizes ({detail}); measure it by a "
+            f"run with training.max_steps: 1."
+        ) from error
 
 
 def _tokens(batch: int, length: int) -> dict[str, Tensor]:
@@ -586,6 +619,8 @@ def _replay(
 
 def _spread(method: SeekrConfig, model: nn.Module, n_heads: int) -> HeadSelection:
     """``n_heads`` over as many layers as a selection may take."""
+    if not n_heads:
+        return HeadSelection({})
     layers = list(attention_modules(model))
     if method.head_choice != "all":
         layers = layers[-budget_count(method.layer_budget, len(layers)) :]
@@ -615,7 +650,6 @@ def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, answers: int) -> 
     heads = HeadSelection({layer: range(head_shape(model)[1]) for layer in attention_modules(model)})
     batch, every_query = _tokens(1, len(sample.input_ids)), recipe.method_config().sensitivity_queries == "all"
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embeddings = model.get_input_embeddings()
 
     def score() -> None:
         queries = sample.queries[None]
@@ -634,14 +668,12 @@ def _scoring(recipe: Recipe, model: Any, sample: ReplaySample, answers: int) -> 
         with AttentionTap(model, heads, queries, observe=change, squares=squares) as tap:
             tap.gradient_squares(_answer_loss(model, batch, answers, distils=False))
 
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with evaluation_mode(model, checkpointing=True):
+        with evaluation_mode(model, checkpointing=True), differentiable_input(model):
             return _peak(model, score)
     finally:
-        handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
 
@@ -665,15 +697,25 @@ def _evaluation(recipe: Recipe, model: Any, length: int) -> int:
     """The prompts of one batch, or their answers' last token: then the cache is full."""
     model.eval()
     batch_size, new = recipe.evaluation.batch_size, recipe.evaluation.max_new_tokens
-    batch = _tokens(batch_size, length)
     # A task that has ended is part of the frozen sum.
-    with torch.no_grad(), _only_earlier(model), PeakMemory() as memory, _GroupedProducts():
-        output = model(**batch, use_cache=True, logits_to_keep=1)
-    layers = [(layer.keys.nbytes, layer.values.nbytes) for layer in output.past_key_values.layers]
-    full = sum(map(sum, layers)) * (length + new) // length
+    with torch.no_grad(), _only_earlier(model), _counted(model) as memory:
+        output = model(**_tokens(batch_size, length), use_cache=True, logits_to_keep=1)
+    cache = next((output[name] for name in _CACHES if output.get(name) is not None), None)
+    if cache is None:
+        # Such a model (OpenAI's GPT) reads everything again for each token.
+        with torch.no_grad(), _only_earlier(model), _counted(model) as memory:
+            model(**_tokens(batch_size, length + new))
+        return memory.peak
+    # Layers of a state-space model keep a state that does not grow.
+    parts = [part.nbytes for layer in getattr(cache, "layers", []) for part in _keys_and_values(layer)]
     # A token is joined to a layer's keys, and then to its values, by a copy of them.
-    copy = max(map(max, layers)) * (length + new) // length
-    return max(memory.peak, full + copy)
+    full_and_copy = (sum(parts) + max(parts, default=0)) * (length + new) // length
+    return max(memory.peak, full_and_copy)
+
+
+def _keys_and_values(layer: Any) -> list[Tensor]:
+    found = (getattr(layer, name, None) for name in ("keys", "values"))
+    return [part for part in found if isinstance(part, Tensor)]
 
 
 def _answer_loss(model: Any, batch: dict[str, Tensor], answers: int, distils: bool = True) -> Tensor:

@@ -50,6 +50,21 @@ def evaluation_mode(model: nn.Module, checkpointing: bool = False) -> Iterator[N
             module.training = mode
 
 
+@contextmanager
+def differentiable_input(model: nn.Module) -> Iterator[None]:
+    """With every parameter frozen, a graph exists only if the embedded input requires a gradient: inside it does."""
+
+    def watch(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        # Some models (CTRL) scale what they embedded in place, which torch forbids for a leaf.
+        return output.requires_grad_().clone()
+
+    handle = base_transformer(model).get_input_embeddings().register_forward_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _own_dropout(module: nn.Module) -> bool:
     """Whether a layer may drop values in its own forward: some (OPT) keep a rate, not a Dropout module."""
     return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())

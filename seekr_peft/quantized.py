@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,21 @@ def keep_differentiable(model: nn.Module) -> None:
             "to avoid that.",
             n_unpacked,
         )
+
+
+def scales(parameter: Tensor) -> list[Tensor]:
+    """What the packed numbers of a quantised ``parameter`` are multiplied by, in the floating-point tensors there are;
+    none of another's."""
+    state = getattr(parameter, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    parts = (
+        getattr(state, "absmax", None),
+        getattr(nested, "absmax", None),
+        getattr(state, "offset", None),
+        # Of an 8-bit one.
+        getattr(parameter, "SCB", None),
+    )
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def _unpack(layer: Any) -> bool:

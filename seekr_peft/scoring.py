@@ -17,9 +17,9 @@ from .adapters import AdapterStack
 from .attention import AttentionTap, head_shape
 from .attention.call import AttentionCall
 from .attention.rows import normalised, sparse_rows
-from .attention.support import attention_modules, base_transformer
+from .attention.support import attention_modules
 from .config import Norm
-from .forward import answer_logits, evaluation_mode, model_device
+from .forward import answer_logits, differentiable_input, evaluation_mode, model_device
 from .heads import HeadSelection
 from .losses import TeacherDistributions, answer_entropy, label_loss
 from .memory import ReplaySample, TeacherSignals
@@ -141,9 +141,6 @@ def changes_and_gradients(
     Rows after the task are compared with ``before`` layer by layer and not kept; each layer's ``before`` is dropped
     once it was used.
     """
-    embeddings = base_transformer(model).get_input_embeddings()
-    # With every parameter frozen, a graph exists only if the input requires a gradient.
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
     def change(layer: int, call: AttentionCall) -> Tensor:
         if layer not in before:
@@ -152,21 +149,19 @@ def changes_and_gradients(
         with torch.no_grad():
             return (call.rows()[0] - before.pop(layer)).square().sum(dim=(-1, -2))
 
-    try:
-        with (
-            torch.enable_grad(),
-            AttentionTap(
-                model,
-                heads,
-                queries=sample.queries[None],
-                observe=change,
-                squares="every" if every_query else "selected",
-            ) as tap,
-        ):
-            squares = tap.gradient_squares(label_loss(*_logits_of(model, sample)))
-            return dict(tap.values), {layer: of_sample[0].cpu() for layer, of_sample in squares.items()}
-    finally:
-        handle.remove()
+    with (
+        torch.enable_grad(),
+        differentiable_input(model),
+        AttentionTap(
+            model,
+            heads,
+            queries=sample.queries[None],
+            observe=change,
+            squares="every" if every_query else "selected",
+        ) as tap,
+    ):
+        squares = tap.gradient_squares(label_loss(*_logits_of(model, sample)))
+        return dict(tap.values), {layer: of_sample[0].cpu() for layer, of_sample in squares.items()}
 
 
 def _logits_of(model: nn.Module, sample: ReplaySample) -> tuple[Tensor, Tensor]:

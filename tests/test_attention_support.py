@@ -21,11 +21,16 @@ from tiny_models import (
     VOCABULARY,
     padded_batch,
     tiny_bert,
+    tiny_falcon,
     tiny_gemma2,
     tiny_gpt2,
+    tiny_gpt_neo,
+    tiny_gpt_oss,
     tiny_llama,
     tiny_mamba,
+    tiny_minimax,
     tiny_mistral,
+    tiny_openai_gpt,
     tiny_qwen3,
     tiny_t5,
     with_lora,
@@ -66,6 +71,124 @@ def assert_rows_equal_eager(
         wanted = expected.attentions[layer].gather(2, positions[:, None, :, None].expand(-1, N_HEADS, -1, 19))
         wanted = torch.where(real.gather(1, positions)[:, None, :, None], wanted, 0)
         torch.testing.assert_close(rows, wanted, rtol=0, atol=5e-6)
+
+
+# --- families with ways of their own ---
+
+
+@pytest.mark.parametrize("build", [tiny_gpt_neo, tiny_openai_gpt, tiny_falcon])
+@pytest.mark.parametrize("padding", ["none", "left", "right", "mixed"])
+@pytest.mark.parametrize("queries", [None, QUERIES])
+def test_rows_of_eager_families_equal_their_own_weights(
+    build: Callable[..., nn.Module], padding: str, queries: Tensor | None
+) -> None:
+    """Also without output_attentions, which no training passes."""
+    model = build()
+    assert list(support.attention_modules(model)) == list(range(N_LAYERS))
+    assert_rows_equal_eager(model, build(), padded_batch(padding), queries)
+
+
+@pytest.mark.parametrize("build", [tiny_gpt_neo, tiny_openai_gpt])
+def test_an_eager_tap_leaves_the_logits_and_the_outputs_as_they_were(build: Callable[..., nn.Module]) -> None:
+    model, batch = build(), padded_batch("none")
+    with torch.no_grad():
+        plain = model(**batch)
+        with AttentionTap(model, EVERY_HEAD):
+            tapped = model(**batch)
+    assert torch.equal(plain.logits, tapped.logits) and plain.keys() == tapped.keys()
+
+
+def test_local_layers_of_gpt_neo_see_their_window_and_nothing_else() -> None:
+    rows = tapped_rows(tiny_gpt_neo(), padded_batch("none"))
+    distance = torch.arange(19)[:, None] - torch.arange(19)
+    seen = (distance >= 0) & (distance < SLIDING_WINDOW)
+    assert (rows[1][..., ~seen] == 0).all() and (rows[1][..., seen] > 0).all()
+    for layer in (0, 2):
+        assert (rows[layer][..., distance >= 0] > 0).all() and (rows[layer][..., distance < 0] == 0).all()
+    torch.testing.assert_close(rows[1].sum(-1), torch.ones(5, N_HEADS, 19))
+
+
+@pytest.mark.parametrize("build", [tiny_gpt_neo, tiny_openai_gpt])
+@pytest.mark.parametrize("every", [True, False])
+def test_gradient_squares_of_eager_families_equal_autograd(build: Callable[..., nn.Module], every: bool) -> None:
+    batch = padded_batch("none")
+    output = build()(**batch, output_attentions=True)
+    loss = output.logits.float().log_softmax(-1)[..., 3].mean()
+    gradients = torch.autograd.grad(loss, output.attentions)
+    positions = torch.arange(19).repeat(5, 1) if every else QUERIES % 19
+    model = build()
+    with AttentionTap(model, EVERY_HEAD, QUERIES, squares="every" if every else "selected") as tap:
+        squares = tap.gradient_squares(model(**batch).logits.float().log_softmax(-1)[..., 3].mean())
+    distance = torch.arange(19)[:, None] - torch.arange(19)
+    for layer, gradient in enumerate(gradients):
+        window = SLIDING_WINDOW if build is tiny_gpt_neo and layer == 1 else 19
+        found = (
+            (gradient * ((distance >= 0) & (distance < window)))
+            .square()
+            .sum(-1)
+            .gather(2, positions[:, None].expand(-1, N_HEADS, -1))
+            .sum(-1)
+        )
+        assert found.min() > 0
+        torch.testing.assert_close(squares[layer], found, rtol=2e-4, atol=1e-12)
+
+
+def test_linear_attention_among_softmax_attention_has_no_rows() -> None:
+    model = tiny_minimax()
+    assert list(support.attention_modules(model)) == [0, 2]
+    heads = HeadSelection({layer: range(N_HEADS) for layer in (0, 2)})
+    with torch.no_grad(), AttentionTap(model, heads) as tap:
+        model(**padded_batch("none"))
+        attentions = tiny_minimax("eager")(**padded_batch("none"), output_attentions=True).attentions
+    torch.testing.assert_close(tap.rows[0], attentions[0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(tap.rows[2], attentions[-1], rtol=0, atol=5e-6)
+    with pytest.raises(CaptureError, match="layer 1 of the selection does not exist; the attention layers are 0, 2"):
+        AttentionTap(model, HeadSelection({1: [0]}))
+
+
+def test_what_is_called_attention_but_has_no_heads_is_none() -> None:
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2))
+    assert not support.has_attention(model) and support.has_attention(tiny_gpt_neo())
+    with pytest.raises(CaptureError, match="RwkvForCausalLM has no softmax attention module"):
+        support.attention_modules(model)
+
+
+def test_weights_of_another_shape_than_the_heads_are_refused() -> None:
+    model = tiny_gpt_neo()
+    attention = support.attention_modules(model)[1]
+    attention.register_forward_hook(lambda module, args, output: (output[0], output[1].transpose(1, 2)))
+    message = (
+        r"layer 1 \(GPTNeoSelfAttention\) returned attention weights of shape \(5, 19, 6, 19\), not \(batch, 6 heads"
+    )
+    with pytest.raises(CaptureError, match=message):
+        tapped_rows(model, padded_batch("none"))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: tiny_falcon("sdpa"), r"layer 0 \(FalconAttention\) computes its attention without .*'eager'"),
+        (lambda: tiny_gpt_neo(attention_dropout=0.1), r"layer 0 \(GPTNeoSelfAttention\) applies attention dropout"),
+        (lambda: tiny_openai_gpt(attn_pdrop=0.1), r"layer 0 \(Attention\) applies attention dropout"),
+        (lambda: tiny_llama("eager", attention_dropout=0.1), r"layer 0 \(LlamaAttention\) applies attention dropout"),
+    ],
+)
+def test_what_cannot_be_captured_in_training_is_refused_before_it(build: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        support.check_capture(build().eval())
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_llama, tiny_gpt_neo, tiny_openai_gpt, tiny_falcon, tiny_minimax, tiny_gemma2, tiny_gpt_oss]
+)
+def test_what_can_be_captured_passes(build: Callable[..., nn.Module]) -> None:
+    support.check_capture(build())
+
+
+def test_dropout_after_a_fused_kernel_is_no_matter() -> None:
+    support.check_capture(tiny_llama(attention_dropout=0.1))
 
 
 # --- flash ---
@@ -464,6 +587,8 @@ def test_reentrant_checkpointing_is_recognised(keywords: dict[str, bool], reentr
     [
         (tiny_llama, "attention_dropout"),
         (tiny_gpt2, "attn_pdrop"),
+        (tiny_gpt_neo, "attention_dropout"),
+        (tiny_openai_gpt, "attn_pdrop"),
         (tiny_bert, "attention_probs_dropout_prob"),
     ],
 )

@@ -107,6 +107,23 @@ def test_run_hands_recipe_overrides_and_resume_on(call: Any, monkeypatch: pytest
     ]
 
 
+@pytest.mark.parametrize("verb", ["run", "doctor"])
+@pytest.mark.parametrize("family", ["roberta", "bart", "deberta-v2"])
+def test_another_kind_of_model_is_one_line_and_status_2(call: Any, tmp_path: Path, verb: str, family: str) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(family).save_pretrained(tmp_path / "base")
+    path = tmp_path / "recipe.yaml"
+    recipe = {**GOOD, "model": {"name_or_path": str(tmp_path / "base")}, "output_dir": str(tmp_path / "run")}
+    path.write_text(yaml.safe_dump({**recipe, "method": {"name": "sequential"}}))
+    status, _, err = call(verb, path)
+    reason = "is an encoder-decoder" if family == "bart" else "looks in both directions"
+    assert status == 2 and err.splitlines()[-1].startswith(
+        f"seekr-peft: model.name_or_path: {tmp_path / 'base'} (model_type {family}) {reason}"
+    )
+    assert "Traceback" not in err
+
+
 def test_demo_hands_its_folder_on(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import seekr_peft.demo.run
 

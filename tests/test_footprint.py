@@ -10,14 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 from small_run import small_recipe
-from tiny_models import tiny_gemma2, tiny_mixtral
+from tiny_models import tiny_falcon, tiny_gemma2, tiny_gpt_neo, tiny_mixtral, tiny_openai_gpt
 from transformers import AutoTokenizer, TrainingArguments
 from typer.testing import CliRunner
 
 from seekr_peft import ContinualTrainer, Seekr
 from seekr_peft.cli import app
 from seekr_peft.demo import BASE_PATH
-from seekr_peft.errors import AdapterError, ConfigError
+from seekr_peft.errors import AdapterError, CaptureError, ConfigError
 from seekr_peft.footprint import Footprint, estimate_footprint, first_knob, render_footprint
 from seekr_peft.memory import TaskMemory
 from seekr_peft.methods import get_method
@@ -150,6 +150,82 @@ def test_models_that_need_eager_attention_are_counted(tmp_path: Path, family: st
     model = {"name_or_path": str(tmp_path / family), "quantization": "none", "attn_implementation": "eager"}
     footprint = estimate_footprint(recipe(tmp_path, model=model), answer_tokens=ANSWERS)
     assert all(footprint.phases[phase] > 0 for phase in ("training", "replay", "scoring", "evaluation"))
+
+
+def family_recipe(tmp_path: Path, family: str, attention: str = "sdpa", **settings: Any) -> Recipe:
+    """With the base of a family whose attention is its own, saved with the demo's tokenizer."""
+    builders = {"gpt_neo": tiny_gpt_neo, "falcon": tiny_falcon, "openai_gpt": tiny_openai_gpt}
+    builders[family](vocab_size=256).save_pretrained(tmp_path / family)
+    AutoTokenizer.from_pretrained(BASE_PATH).save_pretrained(tmp_path / family)
+    model = {"name_or_path": str(tmp_path / family), "quantization": "none", "attn_implementation": attention}
+    return recipe(tmp_path, model=model, tasks=tasks_of(LENGTH), **settings)
+
+
+def tasks_of(max_length: int) -> dict[str, Any]:
+    return {"format": "demo", "order": ["first", "last"], "max_train": 40, "max_length": max_length}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("gpt_neo", "sdpa"), ("gpt_neo", "flash_attention_2"), ("falcon", "eager"), ("openai_gpt", "sdpa")],
+)
+def test_families_whose_attention_is_their_own_are_counted(tmp_path: Path, family: str, attention: str) -> None:
+    """GPT-Neo's file knows two kernels by name, others none: what a run would load is what is counted."""
+    settings = family_recipe(tmp_path, family, attention, method={**METHOD, "head_choice": "all"})
+    footprint = estimate_footprint(settings, answer_tokens=ANSWERS)
+    loads = family_recipe(tmp_path, family, "eager", method={**METHOD, "head_choice": "all"})
+    peaks, _ = measured(loads, tmp_path)
+    for phase in ("training", "replay", "scoring", "evaluation"):
+        assert footprint.phases[phase] == pytest.approx(peaks[phase], rel=0.1), phase
+
+
+@pytest.mark.parametrize("method", ["seekr", "replay", "sequential"])
+def test_a_kernel_that_a_family_calls_itself_is_counted_or_refused(tmp_path: Path, method: str) -> None:
+    settings = family_recipe(tmp_path, "falcon", method={**METHOD, "name": method})
+    if method == "seekr":
+        with pytest.raises(CaptureError, match=r"FalconAttention.* attn_implementation='eager'"):
+            estimate_footprint(settings)
+        return
+    eager = estimate_footprint(family_recipe(tmp_path, "falcon", "eager", method={**METHOD, "name": method}))
+    assert 0 < estimate_footprint(settings).phases["training"] <= eager.phases["training"]
+
+
+@pytest.mark.parametrize("kind", ["RwkvConfig", "MambaConfig"])
+def test_models_without_attention_are_counted_for_what_needs_none(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "attention_hidden_size": 24}
+    getattr(transformers, kind)(**sizes).save_pretrained(tmp_path / kind)
+    targets = ["key", "value"] if kind == "RwkvConfig" else ["in_proj"]
+    options = {
+        "model": {"name_or_path": str(tmp_path / kind), "quantization": "none"},
+        "adapter": {"r": 4, "lora_alpha": 8, "target_modules": targets},
+        "tasks": tasks_of(8),
+    }
+    footprint = estimate_footprint(recipe(tmp_path, method={**METHOD, "name": "replay"}, **options))
+    assert set(footprint.phases) == {"training", "replay", "evaluation"} and min(footprint.phases.values()) > 0
+    with pytest.raises(CaptureError, match="has no softmax attention"):
+        estimate_footprint(recipe(tmp_path, **options))
+
+
+def test_a_forward_that_needs_values_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def asks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        assert float(output.last_hidden_state.sum()) < 1e9
+        return output
+
+    monkeypatch.setattr(LlamaModel, "forward", asks)
+    message = (
+        r"^model\.name_or_path: the memory that LlamaForCausalLM needs cannot be predicted, .*training.max_steps: 1\.$"
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        estimate_footprint(recipe(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -333,7 +409,7 @@ def test_a_model_that_answers_nothing_is_one_sentence(tmp_path: Path) -> None:
 
     T5Config(vocab_size=61).save_pretrained(tmp_path / "t5")
     model = {"name_or_path": str(tmp_path / "t5"), "quantization": "none"}
-    with pytest.raises(ConfigError, match=r"^model\.name_or_path: .*t5 cannot be made: Unrecognized configuration"):
+    with pytest.raises(ConfigError, match=r"^model\.name_or_path: .*t5 \(model_type t5\) is an encoder-decoder"):
         estimate_footprint(recipe(tmp_path, model=model))
 
 

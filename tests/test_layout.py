@@ -24,7 +24,7 @@ LEVELS = [
     {"forward"},
     {"memory", "evaluation.general"},
     {"quantized"},
-    {"adapters"},
+    {"adapters", "model_kind"},
     {"scoring", "effect"},
     {"methods"},
     {"trainer"},

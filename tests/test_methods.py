@@ -17,8 +17,12 @@ from tiny_models import (
     VOCABULARY,
     padded_batch,
     tiny_bert,
+    tiny_falcon,
+    tiny_gpt_neo,
     tiny_gpt_oss,
     tiny_llama,
+    tiny_minimax,
+    tiny_openai_gpt,
     with_lora,
 )
 from torch import Tensor
@@ -529,6 +533,48 @@ def test_attention_sinks_leave_a_distribution_over_the_keys() -> None:
 def test_a_model_that_looks_in_both_directions_is_refused() -> None:
     with pytest.raises(AdapterError, match="looks in both directions"):
         make_method(Replay, model=with_lora(tiny_bert(), task_type=None))
+
+
+@pytest.mark.parametrize("build", [tiny_gpt_neo, tiny_openai_gpt, tiny_minimax])
+def test_families_with_attention_of_their_own_are_trained_task_after_task(build: Any) -> None:
+    """Adapters on the attention alone: those of experts cannot be added up."""
+    targets = {tiny_gpt_neo: ["q_proj", "v_proj"], tiny_openai_gpt: ["c_attn"], tiny_minimax: ["q_proj", "v_proj"]}
+    lora = {"target_modules": targets[build], "fan_in_fan_out": build is tiny_openai_gpt}
+    model = get_peft_model(build(), LoraConfig(r=4, lora_alpha=8, **lora))
+    method = make_method(model=model)
+    do_task(method, "first", FIRST)
+    assert sum(len(heads) for heads in method.selections[0].values()) == 5
+    before = logits_of(model)
+    with method.task("second", replay_from=SECOND, optimizer_steps=4):
+        with method.replay_terms(model) as terms:
+            # As the teacher was.
+            assert abs(terms.values()["attention_loss"]) < 1e-5
+        randomise(method.stack.parameters(), 5)
+        with method.replay_terms(model) as terms:
+            assert terms.values()["attention_loss"] > 1e-3
+            terms.total.backward()
+        gradients = [parameter.grad for parameter in method.stack.parameters().values()]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+        train_by_hand(method, SECOND, 4)
+    assert not torch.allclose(logits_of(model), before)
+
+
+def test_a_model_that_scales_its_embeddings_in_place_is_scored() -> None:
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 24, "dff": 28, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    base = CTRLLMHeadModel(CTRLConfig(**sizes))
+    method = make_method(model=get_peft_model(base, LoraConfig(r=4, target_modules=["Wq", "Wv"])), head_budget=2)
+    do_task(method, "first", FIRST)
+    assert float(method.importance.total_sensitivity().sum()) > 0
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_falcon("sdpa"), lambda: tiny_gpt_neo(attention_dropout=0.1)])
+def test_attention_that_could_only_fail_after_the_first_task_is_refused_before_it(build: Any) -> None:
+    model = with_lora(build())
+    with pytest.raises(CaptureError, match=r"attn_implementation='eager'|applies attention dropout"):
+        Seekr(model)
+    Replay(model)
 
 
 def test_a_selector_that_chooses_nothing_is_refused() -> None:

@@ -82,6 +82,55 @@ def tiny_gpt2(attention: str = "sdpa", **changes: Any) -> nn.Module:
     return _build(GPT2LMHeadModel, GPT2Config(**{**sizes, **changes}), attention)
 
 
+def tiny_gpt_neo(attention: str = "eager", **changes: Any) -> nn.Module:
+    """Its second layer sees ``SLIDING_WINDOW`` positions; eager only, and its layers carry a ``layer_id``."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 60,
+        "num_layers": N_LAYERS,
+        "num_heads": N_HEADS,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": SLIDING_WINDOW,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return _build(GPTNeoForCausalLM, GPTNeoConfig(**{**sizes, **changes}), attention)
+
+
+def tiny_openai_gpt(attention: str = "eager", **changes: Any) -> nn.Module:
+    """Layers without an index, which return their weights on request only."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 60, "n_layer": N_LAYERS, "n_head": N_HEADS, "n_positions": 128}
+    options = {"initializer_range": 0.2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    return _build(OpenAIGPTLMHeadModel, OpenAIGPTConfig(**{**sizes, **options, **changes}), attention)
+
+
+def tiny_falcon(attention: str = "eager", **changes: Any) -> nn.Module:
+    """Calls torch's fused attention itself where it is to be fused."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 60, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS}
+    return _build(FalconForCausalLM, FalconConfig(**{**sizes, "initializer_range": 0.2, **changes}), attention)
+
+
+def tiny_minimax(attention: str = "sdpa", **changes: Any) -> nn.Module:
+    """Linear attention in its second layer."""
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    special = {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    }
+    return _build(MiniMaxForCausalLM, MiniMaxConfig(**{**_SIZES, **special, **changes}), attention)
+
+
 def tiny_bert(attention: str = "sdpa", **changes: Any) -> nn.Module:
     """An encoder: no causality."""
     from transformers import BertConfig, BertForMaskedLM

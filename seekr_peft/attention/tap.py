@@ -79,6 +79,8 @@ class AttentionTap:
         self._observe = observe or _rows_of
         self._queries = None if queries is None else _checked_queries(queries)
         self._modules = _selected_modules(model, heads)
+        self._layers = {id(module): layer for layer, module in self._modules.items()}
+        self._n_heads = support.head_shape(model)[1] if heads else 0
         self._padding: Tensor | None = None
         self._selections: dict[tuple[int, int, torch.device], QuerySelection] = {}
         self._heads_on: dict[torch.device, dict[int, Tensor]] = {}
@@ -172,6 +174,10 @@ class AttentionTap:
             )
         self.values[layer] = value
 
+    def layer_of(self, module: nn.Module) -> int:
+        """The selected layer whose attention ``module`` computes."""
+        return self._layers[id(module)]
+
     def heads_of(self, layer: int, device: torch.device) -> Tensor:
         """The layer's selected heads, int64 (n_selected,). One copy to the device for all layers: each waits for it."""
         if device not in self._heads_on:
@@ -206,6 +212,7 @@ class AttentionTap:
         _LISTENERS.setdefault(module, []).append(self)
         undo.callback(_LISTENERS[module].remove, self)
         if support.implementation(module) == support.EAGER:
+            self._hook(undo, module.register_forward_pre_hook(_ask_for_weights, with_kwargs=True))
             self._hook(undo, module.register_forward_hook(self._read_weights(layer)))
             return
         # After a KeyboardInterrupt no hook runs.
@@ -232,33 +239,40 @@ class AttentionTap:
         def check(module: nn.Module, args: Any, output: Any) -> None:
             _switch_off(module)
             if output is not None and self._in_forward and layer not in self._seen:
-                raise CaptureError(
-                    f"layer {layer} ({type(module).__name__}) computed its attention without transformers' attention "
-                    f"interface, so it cannot be tapped; load the model with attn_implementation='eager'."
-                )
+                raise CaptureError(support.untapped(layer, module))
 
         return check
 
     def _read_weights(self, layer: int) -> Callable[..., None]:
         def read(module: nn.Module, args: Any, output: Any) -> None:
-            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            weights = output[1] if isinstance(output, tuple | list) and len(output) > 1 else None
             if not isinstance(weights, Tensor) or weights.dim() != 4:
                 raise CaptureError(
                     f"layer {layer} ({type(module).__name__}) returned no attention weights; pass "
                     f"output_attentions=True to the forward, or load the model with attn_implementation='sdpa'."
                 )
             if support.drops_attention(module):
+                raise CaptureError(support.dropped(layer, module))
+            batch, n_heads, length, _ = weights.shape
+            if n_heads != self._n_heads:
                 raise CaptureError(
-                    f"layer {layer} ({type(module).__name__}) applies attention dropout, so its eager weights are no "
-                    f"distribution; set the attention dropout to 0, or use attn_implementation='sdpa'."
+                    f"layer {layer} ({type(module).__name__}) returned attention weights of shape "
+                    f"{tuple(weights.shape)}, not (batch, {self._n_heads} heads, queries, keys), which "
+                    f"cannot be read; leave the layer out of the selection."
                 )
-            batch, _, length, _ = weights.shape
             queries = self.query_selection(batch, length, weights.device)
             call = EagerCall(weights, self.heads_of(layer, weights.device), queries)
             self.observe(layer, call)
             self._watch_weights(layer, call)
 
         return read
+
+
+def _ask_for_weights(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Some eager modules (OpenAI's GPT) return their weights only if they are told to."""
+    if "output_attentions" in kwargs:
+        return args, {**kwargs, "output_attentions": True}
+    return None
 
 
 def _rows_of(layer: int, call: AttentionCall) -> Tensor:
@@ -381,7 +395,7 @@ def _tapped_forward(
     scaling = kwargs.get("scaling")
     for tap in tuple(_LISTENERS.get(module, ())):
         queries = tap.query_selection(query.shape[0], query.shape[2], query.device)
-        layer = int(module.layer_idx)
+        layer = tap.layer_of(module)
         call = InterfaceCall(
             query=query,
             key=key,

@@ -26,6 +26,7 @@ from ..divergence import Moment, check_adapter
 from ..effect import probe_tokens, unchanged_outputs
 from ..errors import ConfigError, RunError
 from ..losses import ReplayTerms
+from ..model_kind import check_model
 from .own_loop import GivenGradient, StepCounter
 
 logger = logging.getLogger("seekr_peft")
@@ -48,8 +49,8 @@ class ContinualMethod:
                 with method.replay_terms(model) as terms: terms.total.backward()
                                                         # on exit: after_training, save, freeze
 
-    Subclasses override ``before_training``, ``after_training``, ``replay_due``, ``replay_terms`` and ``penalty``. A
-    hand-written loop adds ``penalty()`` to its loss once per optimiser step.
+    Subclasses override ``check_model``, ``before_training``, ``after_training``, ``replay_due``, ``replay_terms`` and
+    ``penalty``. A hand-written loop adds ``penalty()`` to its loss once per optimiser step.
 
     Args:
         model: A PeftModel with one LoRA adapter, which serves as the template of the tasks' adapters.
@@ -57,6 +58,9 @@ class ContinualMethod:
         directory: Where finished tasks are written (``tasks/NN-name/``); None uses a temporary directory that lives
             as long as this object: call ``save_pretrained`` to keep it.
         adapter_mode, rank_limit: See ``AdapterStack``.
+
+    Raises:
+        AdapterError: ``model`` is no PeftModel around a causal language model of text, or a weight of it is not finite.
     """
 
     name: ClassVar[str] = ""
@@ -86,6 +90,9 @@ class ContinualMethod:
             )
         self.model = model
         self.config = config or SeekrConfig()
+        if isinstance(model, PeftModel):
+            # The stack refuses anything else; what is refused here leaves the model as it was.
+            self.check_model(model)
         self.stack = AdapterStack(model, adapter_mode, rank_limit)
         self.directory = Path(directory or tempfile.mkdtemp(prefix="seekr-peft-"))
         if directory is None:
@@ -99,6 +106,10 @@ class ContinualMethod:
         self._steps = StepCounter(())
 
     # For subclasses ---------------------------------------------------------------------------------------------
+
+    def check_model(self, model: PeftModel) -> None:
+        """Refuse a model that the method cannot train; called before anything of it is touched."""
+        check_model(model)
 
     def before_training(self, replay_from: Any) -> None:
         """Called when a task begins, after its adapter was made."""

@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..attention.support import is_encoder
 from ..config import SeekrConfig
-from ..errors import AdapterError
 from ..forward import answer_logits, input_names, model_device, pad_token_id
 from ..losses import ReplayTerms, combine, label_loss
 from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples, estimate_bytes
 from ..memory.samples import SELECTORS, SampleSelector
+from ..model_kind import check_token_ids
 from .base import ContinualMethod
 from .rhythm import Rhythm, plan_rhythm
 
@@ -39,11 +38,6 @@ class Replay(ContinualMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, config, **options)
-        if is_encoder(model):
-            raise AdapterError(
-                f"{type(model.get_base_model()).__name__} looks in both directions, so a label's place is not the one "
-                f"before its token and replay would train another loss; use a causal language model."
-            )
         self.memory = ReplayMemory()
         self.rhythm = Rhythm.never()
         self._select = select_samples or SELECTORS[self.config.sample_selection]
@@ -62,6 +56,7 @@ class Replay(ContinualMethod):
             self.config.query_choice,
             input_names(self.model),
         )
+        check_token_ids(self._samples, self.model)
         # Asked for each batch: a Trainer moves the model after the task began.
         where = partial(model_device, self.model)
         self._stream = self.memory.stream(self.config.replay_batch_size, seed, pad_token_id(self.model), where)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attention import AttentionTap, head_shape
 from ..attention.call import AttentionCall
-from ..attention.support import attention_modules, base_transformer, uses_reentrant_checkpointing
+from ..attention.support import attention_modules, base_transformer, check_capture, uses_reentrant_checkpointing
 from ..config import SeekrConfig
 from ..errors import CaptureError, MemoryFormatError
 from ..forward import answer_logits
@@ -61,9 +62,14 @@ class Seekr(Replay):
         self.importance = ImportanceRecord()
         self.selections: list[HeadSelection] = []
         self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
-        # Refuse a model without attention now, not after the first task.
         self._shape = head_shape(model)
         self._layers = sorted(attention_modules(model))
+
+    def check_model(self, model: PeftModel) -> None:
+        super().check_model(model)
+        # Now, not when the heads are scored after the first task.
+        if self.config.attention_distillation:
+            check_capture(model)
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
         # Before the first task is trained, not when its heads are scored.

@@ -6,7 +6,7 @@ Importing it loads neither datasets nor torch nor transformers.
 from seekr_peft.tasks.formats import FORMATS
 from seekr_peft.tasks.readers import MIXED, find_task_problems, read_tasks, task_names
 from seekr_peft.tasks.task import METRICS, Task
-from seekr_peft.tasks.text import Conversation
+from seekr_peft.tasks.text import Conversation, check_chat_template
 from seekr_peft.tasks.tokenize import (
     AnswerCollator,
     Encoded,
@@ -23,6 +23,7 @@ __all__ = [
     "Conversation",
     "Encoded",
     "Task",
+    "check_chat_template",
     "encode",
     "encode_prompt",
     "find_task_problems",

@@ -1,7 +1,7 @@
 """One sample of a task: finding its texts in a row, and refusing what is no sample.
 
 Every refusal names the place: file and line, or task, split and index. Imports
-`seekr_peft.errors` and `tasks.text`; `datasets` inside functions.
+`seekr_peft.errors`, `seekr_peft.inputs` and `tasks.text`; `datasets` inside functions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seekr_peft.errors import DataError
+from seekr_peft.inputs import check_media
 from seekr_peft.tasks.text import Conversation
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def checked_row(
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{place} is {_brief(row)}, not an object with the keys of a sample.")
+    check_media({key: value for key, value in row.items() if key not in (prompt, answer, instruction)}, place)
     if answer == "answer" and "answer" not in row and "completion" in row:
         answer = "completion"
     if (prompt, answer) == ("prompt", "answer") and "answer" not in row and "messages" in row:

@@ -1,7 +1,7 @@
 """From text to token ids: a prompt and its answer, shortened to fit, and padded into batches.
 
-The loss is on the answer tokens alone, so labels are -100 on the prompt. Imports `seekr_peft.errors` and
-`tasks.text`; torch inside functions.
+The loss is on the answer tokens alone, so labels are -100 on the prompt. Imports `seekr_peft.errors`,
+`seekr_peft.inputs` and `tasks.text`; torch inside functions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from seekr_peft.errors import DataError
+from seekr_peft.inputs import check_sample
 from seekr_peft.tasks.text import AnswerTokens, Prompt, Question, TextCodec, tokenizer_name
 
 if TYPE_CHECKING:
@@ -178,9 +179,10 @@ def shortened(
 class AnswerCollator:
     """Pads samples (dicts with input_ids and, optionally, labels) to the longest of the batch.
 
-    Other columns are ignored. Returns int64 tensors of shape (batch, longest): input_ids,
-    attention_mask (1 on tokens, from the lengths, so a pad token equal to end-of-sequence is safe)
-    and, when the samples have them, labels (-100 on the padding).
+    Other columns are ignored; a DataError names one that a model would look at, such as an image.
+    Returns int64 tensors of shape (batch, longest): input_ids, attention_mask (1 on tokens, from the
+    lengths, so a pad token equal to end-of-sequence is safe) and, when the samples have them, labels
+    (-100 on the padding).
     """
 
     pad_token_id: int
@@ -195,6 +197,8 @@ class AnswerCollator:
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not samples:
             raise DataError("A batch has no samples; the collator needs at least one.")
+        for index, sample in enumerate(samples):
+            check_sample(sample, f"sample {index} of a batch")
         ids = [list(sample["input_ids"]) for sample in samples]
         columns = {
             "input_ids": (ids, self.pad_token_id),
