@@ -298,3 +298,16 @@ def test_two_tasks_from_texts_alone_replay_what_they_trained(
         start = next(place for place, label in enumerate(labels) if label != -100)
         assert ids[start:] == labels[start:] and ids[-1] == tokenizer.eos_token_id
         assert start == len(ids) - 2, "the answer is one word and the end"
+
+
+def test_a_task_that_is_tokenised_already_is_trained_as_it_is(
+    tmp_path: Path, tasks: list[Task], tokenizer: Any
+) -> None:
+    """So that ``evaluate_task`` asks the very prompts: TRL would put no space between a prompt and its completion."""
+    method = make_method(demo_model(), tmp_path / "method")
+    own = [(list(row["input_ids"]), list(row["labels"])) for row in tasks[0].train]
+    with method.task("first"):
+        trainer = sft_on(method, tasks[0].train, tokenizer, tmp_path / "out")
+        assert rows_of(trainer.train_dataset) == own
+        trainer.train()
+    assert all(row in own for row in stored(method))

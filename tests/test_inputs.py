@@ -1,0 +1,269 @@
+"""Inputs that would be dropped without a word are refused by name, wherever samples enter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import NEW, OLD, adapted, arguments, perturb
+from tiny_models import VOCABULARY
+
+from seekr_peft import ContinualTrainer, Replay, Seekr, SeekrConfig, Sequential
+from seekr_peft.errors import ConfigError, DataError
+from seekr_peft.inputs import check_media, check_sample
+from seekr_peft.methods import Ewc, Lwf
+
+PLAIN = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "attention_mask": [1, 1, 1, 1]}
+PIXELS = torch.zeros(1, 3, 4, 4)
+
+
+def picture() -> Any:
+    image = pytest.importorskip("PIL.Image")
+    return image.new("RGB", (2, 2))
+
+
+HARMLESS = {
+    "prompt": "a text",
+    "messages": [{"role": "user", "content": "a text"}],
+    "id": 7,
+    "score": 0.5,
+    "label": 2,
+    "special_tokens_mask": [0, 0, 0, 1],
+    "completion_mask": [0, 0, 1, 1],
+    "token_type_ids": [0, 0, 0, 0],
+    "position_ids": [0, 1, 2, 3],
+    "seq_lengths": [4],
+    "image": None,
+    "images": [],
+    "choices": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_columns_that_no_model_looks_at_are_none_of_its_business(name: str) -> None:
+    check_sample({**PLAIN, name: HARMLESS[name]}, "sample 3 of a set")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pixel_values", PIXELS),
+        ("pixel_values", PIXELS.tolist()),
+        ("pixel_values", PIXELS.numpy()),
+        ("image_grid_thw", [[1, 4, 4]]),
+        ("input_features", np.zeros((2, 3))),
+        ("input_values", [0.1, 0.2]),
+        ("inputs_embeds", torch.zeros(4, 8)),
+        ("token_weights", [0.0, 0.5, 1.0, 1.0]),
+        ("images", ["cat.png"]),
+        ("image", "cat.png"),
+        ("video", {"path": "film.mp4"}),
+        ("audio", {"array": [0.0, 0.1], "sampling_rate": 16000}),
+        ("anything", b"\x89PNG"),
+        ("messages", [{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}]),
+        ("position_ids", [[0, 1, 2, 3]] * 3),
+        ("position_ids", [4, 5, 6, 7]),
+    ],
+)
+def test_an_input_that_is_not_carried_is_named(name: str, value: Any) -> None:
+    with pytest.raises(DataError, match=rf"sample 3 of a set holds '{name}'.* would be dropped"):
+        check_sample({**PLAIN, name: value}, "sample 3 of a set")
+
+
+def test_a_decoded_picture_is_one_however_it_is_called_and_nested() -> None:
+    with pytest.raises(DataError, match="'anything', an image, a sound or a film"):
+        check_sample({**PLAIN, "anything": picture()}, "it")
+    with pytest.raises(DataError, match="'messages', an image, a sound or a film"):
+        check_media({"messages": [{"content": [{"type": "image", "data": picture()}]}]}, "it")
+
+
+def test_a_name_that_the_model_takes_is_an_input_of_any_type() -> None:
+    check_sample({**PLAIN, "token_type_ids": [0, 0, 1, 1]}, "it")
+    with pytest.raises(DataError, match="it holds 'token_type_ids', an input of the model"):
+        check_sample({**PLAIN, "token_type_ids": [0, 0, 1, 1]}, "it", {"token_type_ids"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "count"),
+    [
+        ({"seq_lengths": [1, 3]}, 2),
+        ({"position_ids": [0, 1, 0, 1]}, 2),
+        ({"position_ids": torch.tensor([0, 0, 0, 1])}, 3),
+    ],
+)
+def test_a_row_of_several_samples_is_told_by_its_lengths_or_positions(columns: Any, count: int) -> None:
+    with pytest.raises(DataError, match=f"it is a row of {count} samples that were packed together"):
+        check_sample({**PLAIN, **columns}, "it")
+
+
+def test_positions_of_left_padding_are_plain() -> None:
+    check_sample({**PLAIN, "attention_mask": [0, 0, 1, 1], "position_ids": [1, 1, 0, 1]}, "it")
+
+
+# Where samples enter ----------------------------------------------------------------------------------------------
+
+
+def seeing(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**item, "pixel_values": PIXELS} for item in items]
+
+
+@pytest.mark.parametrize("kind", [Replay, Seekr, Lwf, Ewc])
+def test_no_method_keeps_or_draws_samples_without_their_image(tmp_path: Path, kind: type) -> None:
+    mode = kind.adapter_modes[-1]
+    method = kind(adapted(), SeekrConfig(replay_ratio=0.25), directory=tmp_path / "method", adapter_mode=mode)
+    with method.task("first", replay_from=OLD):
+        perturb(method)
+    with pytest.raises(DataError, match=r"sample \d+ of replay_from holds 'pixel_values'"):
+        with method.task("second", replay_from=seeing(NEW)):
+            pass
+    assert method.task_names == ["first"]
+
+
+@pytest.mark.parametrize("kind", [Sequential, Replay, Seekr])
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_the_trainers_own_collator_drops_no_image(tmp_path: Path, kind: type, which: str) -> None:
+    method = kind(adapted(), directory=tmp_path / "method")
+    data = {"train_dataset": NEW, which: seeing(NEW)}
+    with method.task("first", replay_from=NEW), pytest.raises(DataError, match=rf"0 of {which} holds 'pixel_values'"):
+        ContinualTrainer(model=method.model, method=method, args=arguments(tmp_path), **data)
+
+
+def test_a_trainers_own_training_set_is_checked_when_samples_are_drawn_from_it(tmp_path: Path) -> None:
+    """With a collator of one's own the trainer itself may show the images; the replay samples could not."""
+    method = Replay(adapted(), directory=tmp_path / "method")
+    with pytest.raises(DataError, match="of replay_from holds 'pixel_values'"), method.task("first"):
+        ContinualTrainer(
+            model=method.model, method=method, args=arguments(tmp_path), train_dataset=seeing(NEW), data_collator=list
+        )
+
+
+def test_what_only_a_collator_adds_is_seen_in_the_first_batch(tmp_path: Path) -> None:
+    from seekr_peft.tasks import AnswerCollator
+
+    def collate(items: Any) -> Any:
+        return {**AnswerCollator(0)(items), "pixel_values": torch.zeros(len(items), 3, 4, 4)}
+
+    method = Replay(adapted(), directory=tmp_path / "method")
+    with pytest.raises(DataError, match="the collator's batch holds 'pixel_values', an input of the model"):
+        with method.task("first", replay_from=NEW):
+            ContinualTrainer(
+                model=method.model,
+                method=method,
+                args=arguments(tmp_path / "out"),
+                train_dataset=NEW,
+                data_collator=collate,
+            ).train()
+
+
+def test_the_collator_by_itself_drops_no_image() -> None:
+    from seekr_peft.tasks import AnswerCollator
+
+    with pytest.raises(DataError, match="sample 1 of a batch holds 'pixel_values'"):
+        AnswerCollator(0)([PLAIN, {**PLAIN, "pixel_values": PIXELS}])
+
+
+def test_all_tasks_at_once_drop_no_image() -> None:
+    from datasets import Dataset
+
+    from seekr_peft.stages import joined
+
+    rows = [{**PLAIN, "pixel_values": [[0.0, 1.0]]}] * 4
+    with pytest.raises(DataError, match="holds 'pixel_values'"):
+        joined([Dataset.from_list(rows)], [arguments(Path("unused"))])
+
+
+def test_a_row_of_texts_with_a_picture_makes_no_task() -> None:
+    from seekr_peft import Task
+
+    rows = [{"prompt": "What is it?", "answer": "a cat", "image": "cat.png"}]
+    with pytest.raises(DataError, match=r"Task 'sight', train row 0 holds 'image', an image"):
+        Task.from_records("sight", rows, [{"prompt": "a", "answer": "b"}])
+
+
+# A model that sees ------------------------------------------------------------------------------------------------
+
+
+def seeing_model() -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(3)
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 32}
+    vision = CLIPVisionConfig(hidden_size=16, num_attention_heads=2, image_size=8, patch_size=4, **sizes)
+    text = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=1))
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("kind", [Sequential, Replay, Seekr])
+def test_a_model_that_sees_trains_on_text_and_refuses_to_go_without_an_image(tmp_path: Path, kind: type) -> None:
+    # Token 1 stands for an image.
+    texts = [
+        [
+            {name: [max(2, number) if number > 0 else number for number in row] for name, row in item.items()}
+            for item in data
+        ]
+        for data in (OLD, NEW)
+    ]
+    method = kind(seeing_model(), SeekrConfig(replay_ratio=0.25, replay_every=1), directory=tmp_path / "method")
+    for name, data in zip(("first", "second"), texts, strict=True):
+        with method.task(name):
+            args = arguments(tmp_path / "out", max_steps=3, learning_rate=1e-3, optim="adamw_torch")
+            ContinualTrainer(model=method.model, method=method, args=args, train_dataset=data).train()
+    with pytest.raises(DataError, match="holds 'pixel_values', an input of the model"):
+        with method.task("third"):
+            ContinualTrainer(model=method.model, method=method, args=args, train_dataset=seeing(texts[1]))
+    assert method.task_names == ["first", "second"]
+
+
+# A training set that the trainer hands over -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Replay, Seekr, Lwf, Ewc])
+def test_without_replay_from_a_method_draws_from_what_the_trainer_trains_on(tmp_path: Path, kind: type) -> None:
+    mode = kind.adapter_modes[-1]
+    stored = []
+    for given in (True, False):
+        torch.manual_seed(1)
+        method = kind(adapted(), SeekrConfig(replay_ratio=0.25), directory=tmp_path / f"{given}", adapter_mode=mode)
+        for name, data in (("first", OLD), ("second", NEW)):
+            with method.task(name, replay_from=data if given else None):
+                args = arguments(tmp_path / "out", max_steps=4)
+                ContinualTrainer(model=method.model, method=method, args=args, train_dataset=data).train()
+        stored.append({key: value.detach().clone() for key, value in method.stack.earlier_parameters().items()})
+        if kind in (Replay, Seekr):
+            kept = [task.sample(i).input_ids.tolist() for task in method.memory.tasks for i in range(len(task))]
+            assert len(kept) == 3 + 6
+            stored[-1]["kept"] = torch.tensor([number for row in kept for number in row])
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
+
+
+def test_replay_from_goes_before_the_trainers_own_set(tmp_path: Path) -> None:
+    method = Replay(adapted(), SeekrConfig(replay_ratio=1.0), directory=tmp_path / "method")
+    with method.task("first", replay_from=OLD):
+        args = arguments(tmp_path / "out", max_steps=1)
+        ContinualTrainer(model=method.model, method=method, args=args, train_dataset=NEW).train()
+    memory = method.memory.tasks[0]
+    assert [memory.sample(i).input_ids.tolist() for i in range(len(memory))] == [row["input_ids"] for row in OLD]
+
+
+def test_a_stream_has_no_samples_to_draw(tmp_path: Path) -> None:
+    from datasets import IterableDataset
+
+    method = Replay(adapted(), directory=tmp_path / "method")
+    stream = IterableDataset.from_generator(lambda: iter(NEW))
+    with pytest.raises(DataError, match=r"IterableDataset, of which no samples .* replay_from="), method.task("first"):
+        args = arguments(tmp_path / "out", max_steps=1)
+        ContinualTrainer(model=method.model, method=method, args=args, train_dataset=stream)
+
+
+def test_a_task_that_was_told_nothing_of_its_samples_is_refused(tmp_path: Path) -> None:
+    method = Replay(adapted(), directory=tmp_path / "method")
+    with pytest.raises(ConfigError, match=r"task 'first': method 'replay' keeps a replay memory, so pass replay_from="):
+        with method.task("first"):
+            pass
+    assert method.task_names == []
