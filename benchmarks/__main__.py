@@ -84,8 +84,10 @@ def scoring_figures(device: str, repeats: int) -> list[Figure]:
     if "device_ratio" in found:
         own.append(Figure("the same, the GPU's own time", found["device_ratio"], 1.10, "x"))
     return [
-        Figure("scoring a sample / two forwards and one backward, time", found["ratio"], 1.10, "x"),
-        Figure("the same, peak memory", found["scoring_peak"] / found["bare_peak"], None, "x"),
+        Figure("scoring a sample / two forwards and one backward, time", found["scoring_ratio"], 1.10, "x"),
+        Figure("the same, peak memory", found["scoring_peak_ratio"], None, "x"),
+        Figure("the same, sensitivity over the drawn queries alone, time", found["drawn_ratio"], 1.10, "x"),
+        Figure("the same, peak memory", found["drawn_peak_ratio"], None, "x"),
         *own,
     ]
 

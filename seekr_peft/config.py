@@ -71,8 +71,9 @@ class SeekrConfig:
     accumulate: Accumulate = "product_of_sums"
     """Importance over tasks: (sum S) * (sum F) as in the paper, or sum (S * F), the released code's order."""
 
-    sensitivity_queries: Literal["selected", "all"] = "selected"
-    """Attention rows that the sensitivity is summed over: the drawn query positions, or every position."""
+    sensitivity_queries: Literal["selected", "all"] = "all"
+    """Attention rows that the sensitivity is summed over: every position's, as in the paper, or the drawn ones' alone.
+    All of them cost nothing to speak of: x 1.03 of two forwards and a backward at T = 1024, as 100 drawn ones do."""
 
     attention_distillation: bool = True
     """Whether the attention loss is used at all; without it the method is replay with the teacher's logits."""

@@ -94,8 +94,6 @@ def _outputs(model: nn.Module, rows: list[Tensor]) -> tuple[Tensor, bool]:
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id(model)).to(device)
     real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
     inputs = {"input_ids": ids, "attention_mask": real}
-    if getattr(base_transformer(model).config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
     # accelerate leaves its autocast around the forward, where only something inside of it can see it.
     mixed: list[bool] = []
     layer = next(module for module in model.modules() if isinstance(module, LoraLayer))

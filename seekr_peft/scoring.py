@@ -39,13 +39,13 @@ def score_heads(
     stack: AdapterStack,
     samples: Sequence[ReplaySample],
     norm: Norm = "frobenius",
-    every_query: bool = False,
+    every_query: bool = True,
     progress: Progress | None = None,
 ) -> HeadScores:
     """Score every head on the replay samples of the task that has just been trained.
 
     Forgettability: mean over samples of ||A^k - A^(k-1)||_F over the sample's queries, from two forwards with
-    different adapters active. Sensitivity: mean over samples of ||dL/dA||_F over the same queries (or all of them),
+    different adapters active. Sensitivity: mean over samples of ||dL/dA||_F over every query (or the same ones alone),
     where L is the sample's loss; from the gradient of each layer's attention output, so that no T x T array exists.
     ``norm="mean_square"`` takes the mean of squares over the sample's (queries x keys) instead. The released code's
     also counts masked future keys and padding, and always every query; nothing here does.

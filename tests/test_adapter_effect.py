@@ -16,14 +16,12 @@ from test_adapters import relative
 from tiny_models import (
     VOCABULARY,
     nf4_llama,
-    tiny_bert,
     tiny_gemma2,
     tiny_gpt2,
     tiny_gpt_oss,
     tiny_llama,
     tiny_mamba,
     tiny_mixtral,
-    tiny_t5,
 )
 
 from seekr_peft import SeekrConfig
@@ -206,8 +204,6 @@ SOUND: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "sinks": (lambda folder: tiny_gpt_oss(), ATTENTION),
     "gemma2": (lambda folder: tiny_gemma2(), ATTENTION),
     "gpt2": (lambda folder: tiny_gpt2(), {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "encoder": (lambda folder: tiny_bert(), {"target_modules": ["query", "dense"], "task_type": None}),
-    "encoder-decoder": (lambda folder: tiny_t5(), {"target_modules": ["q", "wo"], "task_type": "SEQ_2_SEQ_LM"}),
     "state space": (lambda folder: tiny_mamba(), {"target_modules": ["x_proj", "in_proj"]}),
 }
 

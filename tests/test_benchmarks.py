@@ -72,7 +72,8 @@ def test_the_other_figures_are_measured_and_told_from_their_goals(tmp_path):
     mixed = replay_step.mixed_batch(32, 1, "cpu", n_tasks=2)
     assert mixed["time"] > 0 and mixed["peak"] > 1
     found = scoring.measure(32, 1, "cpu")
-    assert found["ratio"] > 0.5 and found["scoring_peak"] > found["bare_peak"] > 0
+    assert found["scoring_ratio"] > 0.5 and found["drawn_ratio"] > 0.5 and found["bare_peak"] > 0
+    assert found["scoring_peak_ratio"] > 1 and found["drawn_peak_ratio"] > 1
     assert 0.8e6 < storage.bytes_7b(32_000) < 1e6
     resident = storage.resident_growth(4)
     assert resident["bytes"] > 1e6
