@@ -20,6 +20,7 @@ from .errors import AdapterError, ConfigError, DivergenceError
 from .forward import input_names, pad_token_id
 from .inputs import check_batch, check_sample
 from .methods import ContinualMethod
+from .model_kind import embedding_rows
 from .tasks import AnswerCollator
 
 MOST_SKIPPED_STEPS = 30
@@ -214,15 +215,17 @@ class ContinualTrainer(ContinualTrainerMixin, Trainer):
     """``transformers.Trainer`` with ``method=``.
 
     Takes tokenised datasets (``input_ids``, ``labels``) and pads them itself; pass ``data_collator`` to change that.
+    ``model`` may be left out: it is the method's.
     """
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        model = kwargs["method"].model if model is None else model
         _check_tokenised(kwargs.get("train_dataset"))
         if kwargs.get("data_collator") is None:
             _check_labelled(kwargs.get("train_dataset"))
             for name in ("train_dataset", "eval_dataset"):
                 _check_inputs(name, kwargs.get(name), model)
-            kwargs["data_collator"] = AnswerCollator(pad_token_id=pad_token_id(model))
+            kwargs["data_collator"] = AnswerCollator(pad_token_id(model), n_tokens=embedding_rows(model))
         super().__init__(model=model, args=args, **kwargs)
 
 

@@ -144,9 +144,15 @@ def test_a_best_checkpoint_that_is_gone_is_an_error_and_not_the_last_step(tmp_pa
 def test_a_model_init_is_refused(tmp_path: Path) -> None:
     method = Sequential(adapted(), directory=tmp_path / "method")
     with method.task("first"), pytest.raises(ConfigError, match=r"model_init was given .* model=method\.model"):
-        ContinualTrainer(
-            model_init=adapted, method=method, args=arguments(tmp_path), train_dataset=NEW, data_collator=list
-        )
+        ContinualTrainer(model_init=adapted, method=method, args=arguments(tmp_path), train_dataset=NEW)
+
+
+def test_the_model_may_be_left_out(tmp_path: Path) -> None:
+    method = Sequential(adapted(), directory=tmp_path / "method")
+    with method.task("first"):
+        trainer = ContinualTrainer(method=method, args=arguments(tmp_path, max_steps=1), train_dataset=NEW)
+        assert trainer.model is method.model
+        trainer.train()
 
 
 def test_another_model_than_the_methods_is_refused(tmp_path: Path) -> None:

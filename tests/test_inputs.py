@@ -165,6 +165,40 @@ def test_the_collator_by_itself_drops_no_image() -> None:
         AnswerCollator(0)([PLAIN, {**PLAIN, "pixel_values": PIXELS}])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_a_sample_brings_along_is_no_part_of_it(side: str) -> None:
+    from seekr_peft.tasks import AnswerCollator
+
+    padding = {"input_ids": [0, 0], "labels": [-100, -100], "attention_mask": [0, 0]}
+    padded = {key: padding[key] + PLAIN[key] if side == "left" else PLAIN[key] + padding[key] for key in PLAIN}
+    longer = {"input_ids": [9] * 5, "labels": [9] * 5}
+    batch = AnswerCollator(0)([padded, longer])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 0], [9] * 5]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8, -100], [9] * 5]
+
+
+@pytest.mark.parametrize("name", ["labels", "attention_mask"])
+def test_columns_of_different_lengths_are_told(name: str) -> None:
+    from seekr_peft.tasks import AnswerCollator
+
+    with pytest.raises(DataError, match=f"sample 1 of a batch has 4 input_ids and 3 {name}; give one for each"):
+        AnswerCollator(0)([PLAIN, {**PLAIN, name: PLAIN[name][:3]}])
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_a_trainer_refuses_tokens_that_the_model_has_no_row_for(tmp_path: Path, name: str) -> None:
+    data = [dict(row) for row in NEW]
+    data[7] = {**data[7], name: [*data[7][name][:-1], VOCABULARY]}
+    method = Sequential(adapted(), directory=tmp_path / "method")
+    with pytest.raises(
+        DataError, match=rf"number {VOCABULARY} in its {name}, but the model has {VOCABULARY} embeddings"
+    ):
+        with method.task("first"):
+            ContinualTrainer(model=method.model, method=method, args=arguments(tmp_path), train_dataset=data).train()
+    assert method.task_names == []
+
+
 def test_all_tasks_at_once_drop_no_image() -> None:
     from datasets import Dataset
 

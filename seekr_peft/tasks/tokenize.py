@@ -179,14 +179,22 @@ def shortened(
 class AnswerCollator:
     """Pads samples (dicts with input_ids and, optionally, labels) to the longest of the batch.
 
-    Other columns are ignored; a DataError names one that a model would look at, such as an image.
+    Padding that a sample brings along (0 in its attention_mask) is taken out first. Other columns are
+    ignored, but not one that a model would look at, such as an image.
     Returns int64 tensors of shape (batch, longest): input_ids, attention_mask (1 on tokens, from the
     lengths, so a pad token equal to end-of-sequence is safe) and, when the samples have them, labels
     (-100 on the padding).
+
+    Args:
+        n_tokens: rows of the model's embeddings; a batch with a larger id is refused. None: not looked at.
+
+    Raises:
+        DataError: an input that would be dropped, columns of different lengths, an id beyond `n_tokens`.
     """
 
     pad_token_id: int
     padding_side: str = "right"
+    n_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
@@ -199,14 +207,35 @@ class AnswerCollator:
             raise DataError("A batch has no samples; the collator needs at least one.")
         for index, sample in enumerate(samples):
             check_sample(sample, f"sample {index} of a batch")
-        ids = [list(sample["input_ids"]) for sample in samples]
+        ids = self._column(samples, "input_ids")
         columns = {
             "input_ids": (ids, self.pad_token_id),
             "attention_mask": ([[1] * len(row) for row in ids], 0),
         }
         if "labels" in samples[0]:
-            columns["labels"] = ([list(sample["labels"]) for sample in samples], IGNORED_LABEL)
+            columns["labels"] = (self._column(samples, "labels"), IGNORED_LABEL)
         return {name: self._pad(rows, value) for name, (rows, value) in columns.items()}
+
+    def _column(self, samples: Sequence[Mapping[str, Any]], name: str) -> list[list[int]]:
+        """The ids or labels of each sample, without padding of its own."""
+        rows = []
+        for index, sample in enumerate(samples):
+            place, length = f"sample {index} of a batch", len(sample["input_ids"])
+            for key in (name, "attention_mask"):
+                if key in sample and len(sample[key]) != length:
+                    raise DataError(f"{place} has {length} input_ids and {len(sample[key])} {key}; give one for each.")
+            mask = sample.get("attention_mask", [1] * length)
+            row = [int(number) for number, real in zip(sample[name], mask, strict=True) if real]
+            self._check_ids(row, f"{place} has the number %d in its {name}")
+            rows.append(row)
+        return rows
+
+    def _check_ids(self, ids: list[int], place: str) -> None:
+        if self.n_tokens is not None and ids and max(ids) >= self.n_tokens:
+            raise DataError(
+                f"{place % max(ids)}, but the model has {self.n_tokens} embeddings; call "
+                f"model.resize_token_embeddings(len(tokenizer)) before get_peft_model."
+            )
 
     def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
         import torch
