@@ -211,6 +211,13 @@ class AdapterStack:
         """The current task's adapter parameters by module path."""
         return self._parameters_of(self._require_current())
 
+    def has_learnt(self) -> bool:
+        """Whether the current task's adapter changes anything that it did not change when the task began."""
+        parameters = self.parameters()
+        if self._before:
+            return any(not torch.equal(value, self._before[key].to(value.device)) for key, value in parameters.items())
+        return any(bool(value.any()) for key, value in parameters.items() if key.endswith("lora_B"))
+
     def earlier_parameters(self) -> dict[str, Tensor]:
         """The frozen sum of the earlier adapters by module path, the scalings inside A; empty when there is none."""
         return {key: value for name in self._frozen_names() for key, value in self._parameters_of(name).items()}

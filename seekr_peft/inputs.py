@@ -6,13 +6,16 @@ model, such as an image, would be trained without it and nobody would see that. 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .errors import DataError
 
 CARRIED = ("input_ids", "attention_mask", "labels")
 
+_INPUT_NAME = re.compile(r"(pixel|image|video|audio)_|input_features|input_values|inputs_embeds")
+"""How models call inputs beside token ids; an array of such a name is one, whatever model it is for."""
 _MEDIA_NAMES = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 _MEDIA_MODULES = ("PIL", "torchcodec", "datasets")
 """Where the classes of decoded images, sounds and films come from."""
@@ -60,10 +63,40 @@ def check_batch(batch: Mapping[str, Any], parameters: Collection[str]) -> None:
     Raises:
         DataError: With the name of the input.
     """
-    for name, value in batch.items():
-        known = name in (*CARRIED, *_LAYOUT)
-        if not known and (name in parameters or bool(getattr(value, "is_floating_point", bool)())):
+    for name in batch:
+        if name not in (*CARRIED, *_LAYOUT) and (name in parameters or _INPUT_NAME.match(name)):
             raise DataError(f"the collator's batch holds {name!r}, an input of the model; {_ADVICE}")
+
+
+def check_data_set(dataset: Any, name: str, parameters: Collection[str] = ()) -> None:
+    """``check_sample`` of every row that can be looked at without work: rows of a list, columns of a ``Dataset``; the
+    first one of anything else that has rows."""
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(dataset, (list, tuple)):
+        rows: Any = enumerate(dataset)
+    elif isinstance(columns, list) and hasattr(dataset, "select_columns"):
+        rows = _rows_with_inputs(dataset, [column for column in columns if column not in CARRIED], parameters)
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0:
+        rows = [(0, dataset[0])]
+    else:
+        rows = []
+    for index, row in rows:
+        check_sample(row, f"sample {index} of {name}", parameters)
+
+
+def _rows_with_inputs(dataset: Any, columns: list[str], parameters: Collection[str]) -> Iterator[tuple[int, Any]]:
+    """The first row of each column that may hold an input, and has one."""
+    if len(dataset) == 0:
+        return
+    first = dataset.select_columns(columns)[0] if columns else {}
+    yield 0, first
+    for column in columns:
+        suspicious = column in parameters or column in _MEDIA_NAMES or _INPUT_NAME.match(column)
+        if suspicious and first[column] is None:
+            values = dataset.select_columns([column])
+            index = next((i for i, row in enumerate(values) if row[column] is not None), None)
+            if index is not None:
+                yield index, values[index]
 
 
 def _check_layout(sample: Mapping[str, Any], place: str) -> None:
@@ -94,8 +127,8 @@ def _input_kind(name: str, value: Any, parameters: Collection[str]) -> str:
         return "an input of the model"
     if _is_media(name, value):
         return "an image, a sound or a film"
-    if _depth(value) >= 2 or any(isinstance(entry, float) for entry in _flat(value)):
-        return "an array of numbers, as the inputs of models are"
+    if _depth(value) >= 3 or (_depth(value) > 0 and _INPUT_NAME.match(name)):
+        return "an array as the inputs of models are"
     return ""
 
 

@@ -368,6 +368,8 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
             problems.append(unknown_key(key, list(fields), "training."))
         elif key in _POSITIVE and not (_is_number(value) and value > 0):
             problems.append(f"training.{key} must be a number above 0, got {value!r}.")
+        elif key == "max_steps" and value == 0:
+            problems.append("training.max_steps must be a number above 0, or -1 for whole epochs, got 0.")
         elif _is_whole(fields[key]) and not (isinstance(value, int) and _is_number(value)):
             problems.append(f"training.{key} must be a whole number, got {value!r}.")
         elif type(fields[key].default) in (int, float) and not _is_number(value):

@@ -156,8 +156,8 @@ class _Run:
         epochs = self.recipe.tasks.epochs
         if epochs is not None and len(epochs) != len(tasks):
             raise ConfigError(f"tasks.epochs has {len(epochs)} numbers for {len(tasks)} tasks; give one for each.")
-        for place in range(len(tasks)):
-            self._training_arguments(place)
+        for place, task in enumerate(tasks):
+            _check_length(task, self._training_arguments(place))
         if self.recipe.training.get("fp16") and not torch.cuda.is_available():
             logger.warning(
                 "training.fp16 has no effect without a GPU: the model trains in float32; bf16 would have one."
@@ -232,6 +232,9 @@ class _Run:
             try:
                 with seconds_into(cost, "train_seconds"):
                     trainer.train()
+            except ImportError as error:
+                # A setting that only a training needs a package for.
+                raise ConfigError(f"training: {' '.join(str(error).split())}") from error
             finally:
                 meter.close()
         cost.other_seconds -= cost.train_seconds
@@ -450,6 +453,16 @@ def _read_tasks(recipe: Recipe) -> list[Task]:
     return read_tasks(
         section.format, str(section.path), section.order, section.max_train, section.max_test, recipe.seed
     )
+
+
+def _check_length(task: Task, arguments: TrainingArguments) -> None:
+    """ConfigError for a training set that does not make one batch."""
+    size = arguments.train_batch_size
+    if arguments.dataloader_drop_last and len(task.train) < size:
+        raise ConfigError(
+            f"training.dataloader_drop_last leaves out every sample of task {task.name}: its {len(task.train)} samples "
+            f"do not fill a batch of {size}; leave it out, or take a smaller per_device_train_batch_size."
+        )
 
 
 def constant_answer_score(task: Task) -> float:

@@ -32,12 +32,14 @@ class ContinualSFTTrainer(ContinualTrainerMixin, SFTTrainer):
 
     def __init__(self, *args: Any, method: ContinualMethod, **kwargs: Any) -> None:
         adapter = list(method.stack.parameters().values()) if method.current_task is not None else []
-        before = [(parameter, parameter.dtype) for parameter in adapter]
+        before = [(parameter, parameter.data) for parameter in adapter]
         self._unpacked: Any = None
         super().__init__(*args, method=method, **kwargs)
         self._unpacked = None
-        for parameter, dtype in before:
-            parameter.data = parameter.data.to(dtype)
+        for parameter, data in before:
+            if parameter.dtype != data.dtype:
+                # The values too: in the other dtype they were rounded.
+                parameter.data = data.to(parameter.device)
 
     def samples_to_draw_from(self) -> Any:
         return super().samples_to_draw_from() if self._unpacked is None else self._unpacked
@@ -47,16 +49,16 @@ class ContinualSFTTrainer(ContinualTrainerMixin, SFTTrainer):
     ) -> Any:
         """As in SFTTrainer; of a training set that will be packed, what it was before is kept to draw from."""
 
-        def prepared(part: Any, settings: Any, packed: bool) -> Any:
+        def prepared(part: Any, settings: Any, packed: bool, to_text: Any = None) -> Any:
             return super(ContinualSFTTrainer, self)._prepare_dataset(
-                part, processing_class, settings, packed, formatting_func, dataset_name
+                part, processing_class, settings, packed, to_text, dataset_name
             )
 
-        if packing and dataset_name == "train":
-            whole = _changed(args, max_length=None, shuffle_dataset=False)
-            dataset = prepared(dataset, whole, False)
-            self._unpacked = prepared(dataset, _changed(args, shuffle_dataset=False), False)
-        return prepared(dataset, args, packing)
+        if not packing or dataset_name != "train":
+            return prepared(dataset, args, packing, formatting_func)
+        whole = prepared(dataset, _changed(args, max_length=None, shuffle_dataset=False), False, formatting_func)
+        self._unpacked = prepared(whole, _changed(args, shuffle_dataset=False), False)
+        return prepared(whole, args, packing)
 
 
 def _changed(args: Any, **changes: Any) -> Any:

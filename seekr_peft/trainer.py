@@ -5,6 +5,7 @@ Thin on purpose: the mixin decides only *when* the method's replay loss joins, s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,9 +17,10 @@ from transformers import Trainer, TrainerCallback
 
 from .devices import check_one_gpu, check_one_process
 from .divergence import Moment
-from .errors import AdapterError, ConfigError, DivergenceError
+from .errors import AdapterError, ConfigError, DataError, DivergenceError
 from .forward import input_names, pad_token_id
-from .inputs import check_batch, check_sample
+from .inputs import CARRIED, check_batch, check_data_set, check_sample
+from .losses import IGNORED
 from .methods import ContinualMethod
 from .model_kind import embedding_rows
 from .tasks import AnswerCollator
@@ -29,7 +31,8 @@ in a row a scale of 65536 is below 1e-4: it is not the scale that overflows."""
 
 
 class ContinualTrainerMixin:
-    """Adds ``method=`` to a ``Trainer`` subclass (put the mixin first).
+    """Adds ``method=`` to a ``Trainer`` subclass (put the mixin first) that trains on ``input_ids`` and ``labels``; not
+    to one with a loss of its own over other columns, such as TRL's ``DPOTrainer``.
 
     One new-task optimiser step, with gradient accumulation over g micro-batches::
 
@@ -90,7 +93,21 @@ class ContinualTrainerMixin:
                 f"train it instead of the new one; resume a run after its last finished task: "
                 f"seekr-peft run RECIPE --resume."
             )
-        return super().train(**kwargs)  # type: ignore[misc]
+        try:
+            return super().train(**kwargs)  # type: ignore[misc]
+        finally:
+            self._leave_the_model_as_it_is_asked()
+
+    def _leave_the_model_as_it_is_asked(self) -> None:
+        """Without what only a training needs, however it ended."""
+        # transformers removes NEFTune's noise from the embeddings only after a training that came to its end.
+        noise = getattr(self, "neftune_hook_handle", None)
+        if noise is not None:
+            noise.remove()
+        # A schedule-free optimizer evaluates at other weights than it trains.
+        evaluate = getattr(_plain(self.optimizer), "eval", None)  # type: ignore[attr-defined]
+        if callable(evaluate):
+            evaluate()
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: each trial would start from another model than the method's."""
@@ -107,6 +124,7 @@ class ContinualTrainerMixin:
         """The Trainer's step, and on the last micro-batch the replay loss that is due."""
         if self.method.uses_replay or self.method.needs_samples:
             check_batch(inputs, self._input_names)
+        labels = inputs.get("labels")
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         last_micro_batch = self.accelerator.sync_gradients  # type: ignore[attr-defined]
         step = self.state.global_step  # type: ignore[attr-defined]
@@ -115,7 +133,15 @@ class ContinualTrainerMixin:
         if last_micro_batch:
             self._penalty_backward()
         # Last, so that the device is not waited for before it has all its work.
-        self._moment().check_finite("loss", loss)
+        try:
+            self._moment().check_finite("loss", loss)
+        except DivergenceError:
+            if isinstance(labels, Tensor) and bool((labels == IGNORED).all()):
+                raise DataError(
+                    f"no token of the batch at step {step + 1} has a label (all are {IGNORED}), so its loss is no "
+                    f"number; leave out samples without an answer, or raise max_length."
+                ) from None
+            raise
         self._last_loss = loss
         return loss
 
@@ -202,7 +228,15 @@ class _ReplayCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         method = self._trainer.method
         method.stack.check_optimizer(_plain(self._trainer.optimizer))
-        method.start_training(state.max_steps, float(args.num_train_epochs))
+        method.start_training(state.max_steps, self._epochs(args, state))
+
+    def _epochs(self, args: Any, state: Any) -> float:
+        """Passes through the training set, whichever way its length was given."""
+        dataset = self._trainer.train_dataset
+        if args.max_steps <= 0 or not hasattr(dataset, "__len__"):
+            return float(args.num_train_epochs)
+        seen = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+        return float(seen / max(1, len(dataset)))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Before the scheduler moves on: after the last step a decayed learning rate is zero.
@@ -214,19 +248,65 @@ class _ReplayCallback(TrainerCallback):
 class ContinualTrainer(ContinualTrainerMixin, Trainer):
     """``transformers.Trainer`` with ``method=``.
 
-    Takes tokenised datasets (``input_ids``, ``labels``) and pads them itself; pass ``data_collator`` to change that.
-    ``model`` may be left out: it is the method's.
+    Takes tokenised datasets (``input_ids``, ``labels``) and pads them itself; pass ``data_collator`` to change that:
+    the replay samples are then drawn as it makes them. ``model`` may be left out: it is the method's.
     """
 
-    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        model = kwargs["method"].model if model is None else model
-        _check_tokenised(kwargs.get("train_dataset"))
-        if kwargs.get("data_collator") is None:
-            _check_labelled(kwargs.get("train_dataset"))
-            for name in ("train_dataset", "eval_dataset"):
-                _check_inputs(name, kwargs.get(name), model)
-            kwargs["data_collator"] = AnswerCollator(pad_token_id(model), n_tokens=embedding_rows(model))
-        super().__init__(model=model, args=args, **kwargs)
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *others: Any,
+        **kwargs: Any,
+    ) -> None:
+        model = kwargs["method"].model if model is None and kwargs.get("model_init") is None else model
+        _check_tokenised(train_dataset)
+        self._collates_itself = data_collator is None
+        if data_collator is None:
+            _check_labelled(train_dataset)
+            names = frozenset() if model is None else input_names(model)
+            sets = {"train_dataset": train_dataset}
+            sets |= eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+            for name, dataset in sets.items():
+                check_data_set(dataset, name, names)
+            if args is not None:
+                # The collator leaves out what it does not need, and refuses what it must not leave out.
+                args = copy.copy(args)
+                args.remove_unused_columns = False
+            data_collator = _own_collator(model, names)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, *others, **kwargs)
+
+    def samples_to_draw_from(self) -> Any:
+        dataset = super().samples_to_draw_from()
+        if self._collates_itself or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            return dataset
+        return _Collated(dataset, self.data_collator, input_names(self.model))
+
+
+class _Collated:
+    """The rows of a data set as a collator makes each of them: with its labels, and without columns for no model."""
+
+    def __init__(self, dataset: Any, collate: Any, names: frozenset[str]) -> None:
+        self._dataset, self._collate, self._names = dataset, collate, {*names, "label", "label_ids"}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self._dataset[index]
+        check_sample(item, f"sample {index} of replay_from", self._names)
+        batch = self._collate([{name: value for name, value in item.items() if name in self._names}])
+        return {name: batch[name][0] for name in (*CARRIED, "position_ids") if name in batch}
+
+
+def _own_collator(model: Any, names: frozenset[str]) -> Any:
+    # Without a model the trainer is refused for another reason.
+    if model is None:
+        return list
+    return AnswerCollator(pad_token_id(model), n_tokens=embedding_rows(model), input_names=names)
 
 
 def _check_tokenised(dataset: Any) -> None:
@@ -254,13 +334,6 @@ def _check_labelled(dataset: Any) -> None:
             f"train_dataset has no 'labels' (it has {', '.join(sorted(dataset[0]))}); tokenise the task first: "
             f"task.tokenized(tokenizer), or pass the data_collator that makes them."
         )
-
-
-def _check_inputs(name: str, dataset: Any, model: Any) -> None:
-    """Before a Trainer removes the columns that it does not know, and a collator the others."""
-    for key, part in dataset.items() if isinstance(dataset, dict) else [(name, dataset)]:
-        if hasattr(part, "__getitem__") and hasattr(part, "__len__") and len(part) > 0:
-            check_sample(part[0], f"sample 0 of {key}", input_names(model))
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

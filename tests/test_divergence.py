@@ -17,7 +17,7 @@ from test_trainer import NEW, OLD, adapted, arguments, copied, perturb
 from tiny_models import tiny_llama
 
 from seekr_peft import ContinualTrainer, Replay, Seekr, SeekrConfig, Sequential
-from seekr_peft.errors import DivergenceError
+from seekr_peft.errors import DataError, DivergenceError
 from seekr_peft.methods import Ewc, Lwf
 from seekr_peft.trainer import MOST_SKIPPED_STEPS
 
@@ -204,3 +204,103 @@ def test_in_float32_too(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="task 'new' diverged"):
         train(method, tmp_path, learning_rate=1e9, lr_scheduler_type="constant")
     assert method.task_names == []
+
+
+# What is no divergence, but no training either --------------------------------------------------------------------
+
+
+def test_a_batch_without_any_label_is_told_as_that(tmp_path: Path) -> None:
+    method = Sequential(adapted(), directory=tmp_path / "method")
+    data = [{**row, "labels": [-100] * len(row["labels"])} for row in NEW[:4]]
+    with pytest.raises(DataError, match="no token of the batch at step 1 has a label"), method.task("new"):
+        args = arguments(tmp_path / "out", max_steps=2)
+        ContinualTrainer(model=method.model, method=method, args=args, train_dataset=data).train()
+
+
+@pytest.mark.parametrize("mode", ["stack", "continue"])
+def test_a_task_that_learnt_nothing_is_told(tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    method = Sequential(adapted(), directory=tmp_path / "method", adapter_mode=mode)
+    for name, rate in (("still", 0.0), ("moved", 0.05)):
+        with method.task(name):
+            args = arguments(tmp_path / "out", max_steps=2, learning_rate=rate)
+            ContinualTrainer(model=method.model, method=method, args=args, train_dataset=NEW).train()
+    told = [record.getMessage() for record in caplog.records if "nothing was learnt" in record.getMessage()]
+    assert len(told) == 1 and told[0].startswith("task still: its adapter is what it was at the beginning")
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_noise_on_the_embeddings_ends_with_the_training(tmp_path: Path, ends: str) -> None:
+    method = Sequential(adapted(), directory=tmp_path / "method")
+    embeddings = method.model.get_input_embeddings()
+    rate = 0.05 if ends == "well" else 1e9
+    for _ in range(2):
+        try:
+            with method.task("new"):
+                args = arguments(tmp_path / "out", max_steps=6, learning_rate=rate, neftune_noise_alpha=5.0)
+                ContinualTrainer(model=method.model, method=method, args=args, train_dataset=NEW).train()
+        except DivergenceError:
+            assert ends == "badly"
+        assert len(embeddings._forward_hooks) == 0
+        if ends == "well":
+            return
+
+
+def test_an_optimizer_with_weights_to_evaluate_at_is_told_to_show_them(tmp_path: Path) -> None:
+    class ScheduleFree(torch.optim.SGD):
+        shows = "training"
+
+        def train(self) -> None:
+            self.shows = "training"
+
+        def eval(self) -> None:
+            self.shows = "evaluation"
+
+    method = Sequential(adapted(), directory=tmp_path / "method")
+    with method.task("new"):
+        optimizer = ScheduleFree(list(method.stack.parameters().values()), lr=0.01)
+        args = arguments(tmp_path / "out", max_steps=2)
+        ContinualTrainer(
+            model=method.model, method=method, args=args, train_dataset=NEW, optimizers=(optimizer, None)
+        ).train()
+        assert optimizer.shows == "evaluation"
+
+
+@pytest.mark.parametrize("by_steps", [True, False])
+def test_the_rhythm_is_the_same_whichever_way_the_length_is_given(tmp_path: Path, by_steps: bool) -> None:
+    method = after_one_task(Replay, tmp_path, replay_every=None, min_replay_passes=1)
+    length = {"max_steps": 30} if by_steps else {"num_train_epochs": 10}
+    with method.task("new", replay_from=NEW):
+        args = arguments(tmp_path / "out", **length)
+        trainer = ContinualTrainer(model=method.model, method=method, args=args, train_dataset=NEW)
+        trainer.train()
+        # 22 samples in batches of 8: 3 steps an epoch, by whose size 30 steps are 10.9 epochs.
+        assert trainer.state.global_step == 30
+        assert method.rhythm.count(30) == (17 if by_steps else 15)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("training.max_steps=0", r"training\.max_steps must be a number above 0, or -1"),
+        ("training.dataloader_drop_last=true tasks.max_train=4", r"dataloader_drop_last .* 4 samples .* batch of 8"),
+    ],
+)
+def test_a_recipe_without_a_single_step_is_refused(
+    tmp_path: Path, setting: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe(tmp_path / "run", n_tasks=1)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert command("run", str(tmp_path / "recipe.yaml"), *setting.split(), monkeypatch=monkeypatch) == 2
+    assert re.search(told, " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_package_that_a_setting_needs_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise ImportError("You need liger-kernel")
+
+    monkeypatch.setattr(ContinualTrainer, "train", missing)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_recipe(tmp_path / "run", n_tasks=1)))
+    assert command("run", str(tmp_path / "recipe.yaml"), monkeypatch=monkeypatch) == 2
+    assert "training: You need liger-kernel" in capsys.readouterr().err

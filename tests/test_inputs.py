@@ -33,6 +33,10 @@ HARMLESS = {
     "label": 2,
     "special_tokens_mask": [0, 0, 0, 1],
     "completion_mask": [0, 0, 1, 1],
+    "offset_mapping": [[0, 1], [1, 2], [2, 3], [3, 4]],
+    "scores": [0.1, 0.2],
+    "weight": 0.5,
+    "image_id": 17,
     "token_type_ids": [0, 0, 0, 0],
     "position_ids": [0, 1, 2, 3],
     "seq_lengths": [4],
@@ -57,7 +61,7 @@ def test_columns_that_no_model_looks_at_are_none_of_its_business(name: str) -> N
         ("input_features", np.zeros((2, 3))),
         ("input_values", [0.1, 0.2]),
         ("inputs_embeds", torch.zeros(4, 8)),
-        ("token_weights", [0.0, 0.5, 1.0, 1.0]),
+        ("pictures", np.zeros((1, 2, 2))),
         ("images", ["cat.png"]),
         ("image", "cat.png"),
         ("video", {"path": "film.mp4"}),
@@ -217,6 +221,99 @@ def test_a_row_of_texts_with_a_picture_makes_no_task() -> None:
         Task.from_records("sight", rows, [{"prompt": "a", "answer": "b"}])
 
 
+class _Rows:
+    """A data set that makes its items when they are asked for."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.rows[index])
+
+
+# A Dataset has the columns of its first row.
+@pytest.mark.parametrize(
+    ("kind", "absent"),
+    [("Dataset", False), *[(kind, absent) for kind in ("list", "map", "stream") for absent in (True, False)]],
+)
+def test_an_image_in_a_later_row_alone_is_seen_too(tmp_path: Path, kind: str, absent: bool) -> None:
+    from datasets import Dataset, IterableDataset
+
+    plain = NEW if absent else [{**row, "pixel_values": None} for row in NEW]
+    rows = [*plain[:-1], {**NEW[-1], "pixel_values": [[[0.0, 1.0]]]}]
+    made = {
+        "list": lambda: rows,
+        "Dataset": lambda: Dataset.from_list(rows),
+        "map": lambda: _Rows(rows),
+        "stream": lambda: IterableDataset.from_generator(lambda: iter(rows)),
+    }
+    method = Sequential(adapted(), directory=tmp_path / "method")
+    args = arguments(tmp_path / "out", max_steps=6)
+    with pytest.raises(DataError, match=r"sample \d+ of (train_dataset|a batch) holds 'pixel_values'"):
+        with method.task("first"):
+            ContinualTrainer(model=method.model, method=method, args=args, train_dataset=made[kind]()).train()
+    assert args.remove_unused_columns
+    assert method.task_names == []
+
+
+def test_a_column_that_only_the_model_calls_an_input_is_seen_in_every_row(tmp_path: Path) -> None:
+    class Odd(Sequential):
+        pass
+
+    method = Odd(adapted(), directory=tmp_path / "method")
+    rows = [*NEW[:-1], {**NEW[-1], "inputs_embeds": "a text"}]
+    with pytest.raises(DataError, match="sample 21 of train_dataset holds 'inputs_embeds', an input of the model"):
+        with method.task("first"):
+            ContinualTrainer(model=method.model, method=method, args=arguments(tmp_path), train_dataset=rows)
+
+
+# Samples as a collator makes them ---------------------------------------------------------------------------------
+
+
+def _causal(items: Any) -> dict[str, Any]:
+    """What DataCollatorForLanguageModeling(mlm=False) does: every token is a label, whatever labels there were."""
+    longest = max(len(item["input_ids"]) for item in items)
+    ids = torch.tensor([item["input_ids"] + [0] * (longest - len(item["input_ids"])) for item in items])
+    real = torch.tensor([[1] * len(item["input_ids"]) + [0] * (longest - len(item["input_ids"])) for item in items])
+    return {"input_ids": ids, "attention_mask": real, "labels": ids.masked_fill(real == 0, -100)}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_is_replayed_has_the_labels_that_the_collator_gives(tmp_path: Path, labelled: bool) -> None:
+    data = NEW if labelled else [{"input_ids": row["input_ids"], "text": "unused"} for row in NEW]
+    method = Replay(adapted(), SeekrConfig(replay_ratio=0.25), directory=tmp_path / "method")
+    with method.task("first"):
+        args = arguments(tmp_path / "out", max_steps=2)
+        ContinualTrainer(
+            model=method.model, method=method, args=args, train_dataset=data, data_collator=_causal
+        ).train()
+    memory = method.memory.tasks[0]
+    kept = [memory.sample(index) for index in range(len(memory))]
+    assert len(kept) == 6
+    assert all(sample.labels.tolist() == sample.input_ids.tolist() for sample in kept)
+    assert {tuple(sample.input_ids.tolist()) for sample in kept} <= {tuple(row["input_ids"]) for row in NEW}
+
+
+def test_a_second_training_set_in_one_task_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method = Replay(adapted(), directory=tmp_path / "method")
+    with method.task("first"):
+        for data in (OLD, OLD, NEW):
+            args = arguments(tmp_path / "out", max_steps=1)
+            ContinualTrainer(model=method.model, method=method, args=args, train_dataset=data).train()
+    assert caplog.text.count("a second training set came after its samples had been drawn") == 1
+
+
+def test_a_trainer_that_only_evaluates_needs_no_training_set(tmp_path: Path) -> None:
+    method = Replay(adapted(), directory=tmp_path / "method")
+    with method.task("first", replay_from=OLD):
+        args = arguments(tmp_path / "out")
+        trainer = ContinualTrainer(model=method.model, method=method, args=args, eval_dataset=NEW)
+        assert trainer.evaluate()["eval_loss"] > 0
+
+
 # A model that sees ------------------------------------------------------------------------------------------------
 
 
@@ -285,10 +382,11 @@ def test_replay_from_goes_before_the_trainers_own_set(tmp_path: Path) -> None:
     assert [memory.sample(i).input_ids.tolist() for i in range(len(memory))] == [row["input_ids"] for row in OLD]
 
 
-def test_a_stream_has_no_samples_to_draw(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Replay, Ewc])
+def test_a_stream_has_no_samples_to_draw(tmp_path: Path, kind: type) -> None:
     from datasets import IterableDataset
 
-    method = Replay(adapted(), directory=tmp_path / "method")
+    method = kind(adapted(), directory=tmp_path / "method", adapter_mode=kind.adapter_modes[-1])
     stream = IterableDataset.from_generator(lambda: iter(NEW))
     with pytest.raises(DataError, match=r"IterableDataset, of which no samples .* replay_from="), method.task("first"):
         args = arguments(tmp_path / "out", max_steps=1)

@@ -148,6 +148,54 @@ def test_a_loop_without_accelerate_that_accumulates_is_answered_once_a_step(tmp_
     assert_close(found, expected)
 
 
+def test_a_loop_that_updates_by_hand_replays_in_each_step(tmp_path: Path) -> None:
+    method = after_one_task(tmp_path / "own")
+    answered = []
+    with method.task("new", replay_from=NEW, optimizer_steps=6):
+        parameters = list(method.stack.parameters().values())
+        for batch in batches()[:6]:
+            replay = method.replay_loss()
+            answered.append(replay is not None)
+            loss = method.model(**batch).loss
+            (loss if replay is None else loss + replay).backward()
+            for parameter in parameters:
+                parameter.data -= 0.05 * parameter.grad
+                parameter.grad.zero_()
+    assert answered == [True] * 6
+
+
+@pytest.mark.parametrize("how", ["one backward", "gradients by hand"])
+def test_accumulating_in_another_way_is_known_from_the_first_optimizer_step_on(tmp_path: Path, how: str) -> None:
+    method = after_one_task(tmp_path / "own")
+    answered = []
+    with method.task("new", replay_from=NEW, optimizer_steps=STEPS):
+        parameters = list(method.stack.parameters().values())
+        optimizer = optimizer_of(method)
+        for step in range(STEPS):
+            losses = []
+            for batch in batches()[step * MICRO : (step + 1) * MICRO]:
+                answered.append(method.replay_loss() is not None)
+                losses.append(method.model(**batch).loss)
+            if how == "one backward":
+                torch.stack(losses).mean().backward()
+            else:
+                for parameter, gradient in zip(
+                    parameters, torch.autograd.grad(torch.stack(losses).mean(), parameters), strict=True
+                ):
+                    parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+    assert answered[MICRO:] == [True, False, False, False] * (STEPS - 1)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_task_of_no_steps_is_refused(tmp_path: Path, steps: int) -> None:
+    method = after_one_task(tmp_path / "own")
+    with pytest.raises(ConfigError, match=f"optimizer_steps must be at least 1, or None, got {steps}"):
+        with method.task("new", replay_from=NEW, optimizer_steps=steps):
+            pass
+
+
 def test_a_loop_without_an_optimizer_says_the_step_itself(tmp_path: Path) -> None:
     method = after_one_task(tmp_path / "own", replay_every=2)
     with method.task("new", replay_from=NEW, optimizer_steps=4):

@@ -156,7 +156,11 @@ def test_over_a_4_bit_base_the_adapter_stays_in_float32(tmp_path: Path, tasks: l
     method = make_method(model, tmp_path / "method")
     remember(method, tasks[0])
     with method.task(tasks[1].name, replay_from=tasks[1].train):
+        for parameter in method.stack.parameters().values():
+            parameter.data += 1e-3 * torch.randn(parameter.shape)
+        before = [parameter.detach().clone() for parameter in method.stack.parameters().values()]
         trainer = sft(method, tasks[1], tokenizer, tmp_path / "out", max_steps=2)
+        assert all(map(torch.equal, before, method.stack.parameters().values())), "not even rounded once"
         assert {parameter.dtype for parameter in method.stack.parameters().values()} == {torch.float32}
         trainer.train()
         assert {parameter.dtype for parameter in method.stack.parameters().values()} == {torch.float32}

@@ -102,6 +102,7 @@ class ContinualMethod:
         self.awaits_samples = False
         """Whether the open task still has to be told its training samples; see ``draw_from``."""
         self._training_set: Any = None
+        self._drew = False
         self._n_replayed = 0
         self._steps = StepCounter(())
 
@@ -134,7 +135,8 @@ class ContinualMethod:
         yield
 
     def penalty(self) -> Tensor | None:
-        """A term on the adapter's parameters for every optimiser step, already weighted; None for none."""
+        """A term on the adapter's parameters for every optimiser step, already weighted; None for none. Under gradient
+        accumulation it is added once per optimiser step and, as ``replay_loss``, not divided."""
         return None
 
     # A task -----------------------------------------------------------------------------------------------------
@@ -154,11 +156,13 @@ class ContinualMethod:
         earlier ones are one: see ``effect`` for the tolerance.
         """
         self._check_name(name)
+        if optimizer_steps is not None and optimizer_steps < 1:
+            raise ConfigError(f"task {name!r}: optimizer_steps must be at least 1, or None, got {optimizer_steps!r}.")
         check_one_process()
         self.stack.begin()
         self.current_task = name
         self._n_replayed = 0
-        self._training_set = replay_from
+        self._training_set, self._drew = replay_from, False
         self.awaits_samples = replay_from is None and (self.uses_replay or self.needs_samples)
         self._steps = StepCounter(self.stack.parameters().values())
         try:
@@ -183,11 +187,19 @@ class ContinualMethod:
 
         Trainers call this with the set that they train on, tokenised and not packed.
         """
-        if self._training_set is None:
-            self._training_set = training_set
+        if training_set is None:
+            return
         if self.awaits_samples:
             self.before_training(training_set)
-            self.awaits_samples = False
+            self.awaits_samples, self._drew = False, True
+        elif self._drew and training_set is not self._training_set:
+            logger.warning(
+                "task %s: a second training set came after its samples had been drawn from the first one; to draw from "
+                "both, pass them together as task(name, replay_from=...).",
+                self.current_task,
+            )
+        if self._training_set is None:
+            self._training_set = training_set
 
     def replay_loss(self, step: int | None = None) -> Tensor | None:
         """For a hand-written loop: call once per optimiser step; None when no replay is due, else a loss to add.
@@ -215,7 +227,6 @@ class ContinualMethod:
         parameters = list(self.stack.parameters().values())
         with self.replay_terms(self.model) as terms:
             gradients = torch.autograd.grad(terms.total, parameters, allow_unused=True)
-        self._steps.settle()
         Moment(self.current_task, step).check_finite("replay loss", terms.total)
         kept = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         return GivenGradient.apply(
@@ -288,6 +299,12 @@ class ContinualMethod:
 
     def _finish(self, name: str) -> None:
         check_adapter(self.stack.parameters(), name)
+        if not self.stack.has_learnt():
+            logger.warning(
+                "task %s: its adapter is what it was at the beginning, so nothing was learnt; check the learning rate, "
+                "the number of steps, and that nothing loaded other weights into it.",
+                name,
+            )
         self.stack.check_frozen_unchanged()
         if self.uses_replay and self.task_names and not self._n_replayed:
             logger.warning(

@@ -42,7 +42,8 @@ class Ewc(ContinualMethod):
         self._samples: list[ReplaySample] = []
 
     def before_training(self, replay_from: Any) -> None:
-        ratio = min(1.0, self.config.ewc_samples / max(1, len(replay_from)))
+        size = len(replay_from) if hasattr(replay_from, "__len__") else 1
+        ratio = min(1.0, self.config.ewc_samples / max(1, size))
         seed = self.config.seed + len(self.task_names)
         self._samples = choose_samples(replay_from, ratio, 1, seed, input_names=input_names(self.model))
 

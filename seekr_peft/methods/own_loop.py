@@ -16,18 +16,19 @@ logger = logging.getLogger("seekr_peft")
 
 
 class StepCounter:
-    """Counts the optimiser steps that move ``parameters``, whoever makes them.
+    """Tells which optimiser step of ``parameters`` a call belongs to, whoever makes the steps.
 
-    A step is seen by torch's own hook after ``Optimizer.step`` (of an optimizer that holds one of the parameters) or
-    by the parameters' version counters, which every change in place raises. Calls between which gradients were added
-    and no step was seen belong to one step: accelerate skips the optimizer's step inside an accumulation.
+    A torch optimizer's are seen by torch's own hook after ``Optimizer.step``, from its first one on: calls without one
+    in between belong to one step (accelerate skips the optimizer's step inside an accumulation). Before the first, and
+    in a loop that updates the parameters by hand, calls belong to one step while gradients are added and no value
+    changes.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = list(parameters)
         self._n_optimizer_steps = 0
         self._step = -1
-        self._place: tuple[int, int] | None = None
+        self._place: tuple[int, float] | None = None
         self._weight_is_known = False
 
     @contextmanager
@@ -48,22 +49,21 @@ class StepCounter:
 
     def begun(self, step: int | None) -> int | None:
         """The number of the optimiser step that a call belongs to, from 0; None when a call already belonged to it."""
-        if step == self._step or (step is None and self._is_accumulating()):
+        here = self._here()
+        if step == self._step or (step is None and here == self._place and self._may_accumulate()):
             return None
-        self._step = self._step + 1 if step is None else step
-        self.settle()
+        self._place, self._step = here, self._step + 1 if step is None else step
         return self._step
 
-    def settle(self) -> None:
-        """The parameters as they are now belong to the step that has begun."""
-        self._place = self._here()
+    def _may_accumulate(self) -> bool:
+        return self._n_optimizer_steps > 0 or any(parameter.grad is not None for parameter in self._parameters)
 
-    def _is_accumulating(self) -> bool:
-        """Whether gradients were added since the last call, and no step was made of them."""
-        return self._place == self._here() and any(parameter.grad is not None for parameter in self._parameters)
-
-    def _here(self) -> tuple[int, int]:
-        return self._n_optimizer_steps, sum(parameter._version for parameter in self._parameters)
+    def _here(self) -> tuple[int, float]:
+        """The steps of optimizers; and, as long as there were none, what changes with any value of the parameters."""
+        if self._n_optimizer_steps or not self._parameters:
+            return self._n_optimizer_steps, 0.0
+        sums = [parameter.detach().double().square().sum() for parameter in self._parameters]
+        return 0, float(torch.stack(sums).sum())
 
     def weighed(self, weight: Tensor) -> None:
         """Say once when the replay loss was scaled down in the backward: most likely by accident."""

@@ -187,6 +187,7 @@ class AnswerCollator:
 
     Args:
         n_tokens: rows of the model's embeddings; a batch with a larger id is refused. None: not looked at.
+        input_names: what the model's forward takes; a column of such a name is an input.
 
     Raises:
         DataError: an input that would be dropped, columns of different lengths, an id beyond `n_tokens`.
@@ -195,6 +196,7 @@ class AnswerCollator:
     pad_token_id: int
     padding_side: str = "right"
     n_tokens: int | None = None
+    input_names: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
@@ -206,7 +208,7 @@ class AnswerCollator:
         if not samples:
             raise DataError("A batch has no samples; the collator needs at least one.")
         for index, sample in enumerate(samples):
-            check_sample(sample, f"sample {index} of a batch")
+            check_sample(sample, f"sample {index} of a batch", self.input_names)
         ids = self._column(samples, "input_ids")
         columns = {
             "input_ids": (ids, self.pad_token_id),
@@ -231,9 +233,12 @@ class AnswerCollator:
         return rows
 
     def _check_ids(self, ids: list[int], place: str) -> None:
-        if self.n_tokens is not None and ids and max(ids) >= self.n_tokens:
+        kept = [number for number in ids if number != IGNORED_LABEL]
+        if kept and min(kept) < 0:
+            raise DataError(f"{place % min(kept)}, which is no token id; use {IGNORED_LABEL} for what has no label.")
+        if self.n_tokens is not None and kept and max(kept) >= self.n_tokens:
             raise DataError(
-                f"{place % max(ids)}, but the model has {self.n_tokens} embeddings; call "
+                f"{place % max(kept)}, but the model has {self.n_tokens} embeddings; call "
                 f"model.resize_token_embeddings(len(tokenizer)) before get_peft_model."
             )
 
