@@ -23,7 +23,7 @@ from seekr_peft.compare.answer import answer
 from seekr_peft.compare.checks import what_is_the_same
 from seekr_peft.compare.statistics import GRID, PairedDifference, Spread, sign_flip_p
 from seekr_peft.costs import TaskCost
-from seekr_peft.errors import ConfigError, RunError, RunInUseError
+from seekr_peft.errors import ConfigError, DivergenceError, RunError, RunInUseError
 from seekr_peft.run import run_recipe
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -300,6 +300,23 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path: Path, monke
 
 
 @pytest.mark.slow
+def test_a_run_that_diverges_does_not_keep_the_others_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def run(given: Any, **options: Any) -> Any:
+        started.append(given.method_name)
+        if len(started) == 1:
+            raise DivergenceError("task 'last' diverged: the loss is nan.")
+        return run_recipe(given, **options)
+
+    monkeypatch.setattr(compare_module, "run_recipe", run)
+    with pytest.raises(RunError, match="task 'last' diverged: the loss is nan"):
+        quietly(recipe(tmp_path), methods=["sequential", "replay"], seeds=[0], orders=1)
+    assert started == ["sequential", "replay"]
+
+
 def test_what_another_process_has_finished_meanwhile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes begin at once: the other one had the lock, and is done when this one comes back."""
     source, held = recipe(tmp_path), []

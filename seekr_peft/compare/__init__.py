@@ -18,7 +18,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from ..devices import check_one_device
-from ..errors import RunError, RunInUseError, SeekrError
+from ..errors import DivergenceError, RunError, RunInUseError, SeekrError
 from ..recipe import Recipe
 from ..report import write_comparison_page
 from ..run import RECIPE_FILE, is_finished, recipe_difference, run_recipe
@@ -98,12 +98,24 @@ def compare(
 
 
 def _run_all(missing: list[Job], plan: Plan, logs: Path, console: Console) -> None:
-    """Run what is missing; a run in another process's hands is put off, and tried once more at the end."""
+    """Run what is missing; a run in another process's hands is put off, and tried once more at the end.
+
+    A run that diverges says nothing of the others: its error is raised when they are done.
+    """
     busy: list[Job] = []
+    diverged: list[RunError] = []
     for job in missing:
-        if not _run(job, plan, logs, console):
-            busy.append(job)
+        try:
+            if not _run(job, plan, logs, console):
+                busy.append(job)
+        except RunError as error:
+            if not isinstance(error.__cause__, DivergenceError):
+                raise
+            _say(console, str(error))
+            diverged.append(error)
     busy = [job for job in busy if not _run(job, plan, logs, console)]
+    if diverged:
+        raise diverged[0]
     if busy:
         _say(console, f"{len(busy)} runs are in another process's hands; give the same command again when it ended.")
 
