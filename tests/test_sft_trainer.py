@@ -63,32 +63,37 @@ def demo_model() -> Any:
     return adapted(AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype=torch.float32))
 
 
-def sft(method: Any, task: Task, tokenizer: Any, folder: Path, **changes: Any) -> Any:
-    trl = pytest.importorskip("trl")
+def sft_on(method: Any, dataset: Any, tokenizer: Any, folder: Path, **settings: Any) -> Any:
+    pytest.importorskip("trl")
     from seekr_peft import ContinualSFTTrainer
 
-    settings = {
+    return ContinualSFTTrainer(
+        model=method.model, method=method, args=sft_config(folder, **settings), train_dataset=dataset,
+        processing_class=tokenizer,
+    )  # fmt: skip
+
+
+def sft_config(folder: Path, **settings: Any) -> Any:
+    trl = pytest.importorskip("trl")
+    defaults = {
         "use_cpu": True,
         "bf16": False,
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,
-        "max_steps": 4,
+        "max_steps": 2,
         "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
         "dataloader_pin_memory": False,
-        **changes,
+        "max_length": 64,
     }
+    return trl.SFTConfig(output_dir=str(folder), **{**defaults, **settings})
+
+
+def sft(method: Any, task: Task, tokenizer: Any, folder: Path, **changes: Any) -> Any:
     names = {"prompt": "prompt", "answer": "completion"}
     dataset = task.train.select_columns(list(names)).rename_columns(names)
-    return ContinualSFTTrainer(
-        model=method.model,
-        method=method,
-        args=trl.SFTConfig(output_dir=str(folder), **settings),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-    )
+    settings = {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, **changes}
+    return sft_on(method, dataset, tokenizer, folder, **settings)
 
 
 def make_method(model: Any, folder: Path) -> Seekr:
@@ -175,32 +180,6 @@ def test_an_sft_trainer_outside_of_a_task_is_refused(tmp_path: Path, tasks: list
 
 
 # Which samples are replayed ---------------------------------------------------------------------------------------
-
-
-def sft_on(method: Any, dataset: Any, tokenizer: Any, folder: Path, **settings: Any) -> Any:
-    pytest.importorskip("trl")
-    from seekr_peft import ContinualSFTTrainer
-
-    return ContinualSFTTrainer(
-        model=method.model, method=method, args=sft_config(folder, **settings), train_dataset=dataset,
-        processing_class=tokenizer,
-    )  # fmt: skip
-
-
-def sft_config(folder: Path, **settings: Any) -> Any:
-    trl = pytest.importorskip("trl")
-    defaults = {
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "dataloader_pin_memory": False,
-        "max_length": 64,
-    }
-    return trl.SFTConfig(output_dir=str(folder), **{**defaults, **settings})
 
 
 def conversations(task: Task, shape: str) -> Any:
