@@ -167,7 +167,7 @@ class _Run:
         for task in tasks:
             # Of all the tasks before the first is trained.
             task.check_texts(tokenizer)
-            warn_of_unreachable(task, tokenizer)
+            warn_of_unreachable(task, tokenizer, self.recipe.evaluation.max_new_tokens)
         trained = _trained_tasks(self.directory)
         self._check_base_and_data(base_fingerprint(model), tasks, trained)
         self._write_environment(self.seconds_before)

@@ -18,7 +18,7 @@ from tokenizer_zoo import byte_level, llama_bpe, unigram
 from seekr_peft import ReplayMemory, Task, run_recipe
 from seekr_peft.errors import DataError
 from seekr_peft.evaluation import evaluate_task, generate_answers
-from seekr_peft.evaluation.generation import find_unreachable
+from seekr_peft.evaluation.generation import find_unreachable, warn_of_unreachable
 from seekr_peft.recipe import load_recipe
 from seekr_peft.run import constant_answer_score, load_tasks
 from seekr_peft.tasks import encode
@@ -175,6 +175,75 @@ def test_what_was_learnt_by_heart_scores_full(kind: str) -> None:
     result = evaluate_task(parrot(tokenizer, task), tokenizer, task)
     known = [answer for answer in ANSWERS if "unigram" not in kind or "😀" not in answer]
     assert [row["prediction"] for row in result.predictions] == known and result.score == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning")
+def test_settings_of_a_row_reach_the_template_as_they_do_in_trl(tmp_path: Path) -> None:
+    template = CHATML.replace(
+        "{{ '<|im_start|>assistant\\n' }}",
+        "{{ '<|im_start|>assistant\\n' }}{% if thinks is defined and not thinks %}{{ '<think></think>' }}{% endif %}",
+    )
+    template = template.replace(
+        "+ m.role + '\\n' + m.content",
+        "+ m.role + '\\n' + ('<think></think>' if m.role == 'assistant' and thinks is defined and not thinks else '')"
+        " + m.content",
+    )
+    tokenizer = chat_tokenizer(template)
+    rows = [{**row, "chat_template_kwargs": {"thinks": False, "other": None}} for row in conversations()]
+    task = task_of(rows).tokenized(tokenizer)
+    found = [{key: list(row[key]) for key in ("input_ids", "labels")} for row in task.train]
+    assert found == trl_samples(tokenizer, rows, tmp_path)
+    (question,) = SampleTokens(tokenizer, prompts_of(task.test)[:1], ANSWERS[:1]).questions
+    assert question.head.endswith("<think></think>")
+    with pytest.raises(DataError, match="'chat_template_kwargs' is 'thinks', not an object"):
+        task_of([{**rows[0], "chat_template_kwargs": "thinks"}])
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content", "thinking"])
+@pytest.mark.parametrize("content", ["red", None])
+def test_what_an_answer_has_beside_its_text_is_refused_by_name(key: str, content: str | None) -> None:
+    answer = {"role": "assistant", "content": content, "name": "a", "refusal": None, key: [{"name": "look"}]}
+    for row in (
+        {"messages": [*QUESTIONS[0], answer]},
+        {"prompt": QUESTIONS[0], "completion": [answer]},
+    ):
+        with pytest.raises(DataError, match=f"train row 0: the assistant's message in .* has '{key}', which would not"):
+            task_of([row])
+
+
+def test_answers_that_a_template_changes_are_told_and_not_blamed_on_the_tokenizer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = chat_tokenizer(LLAMA2, llama_bpe)
+    task = task_of([*one("x", "red"), *one("f", "    return x")])
+    warn_of_unreachable(task, tokenizer)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "the chat template changes 2 answers, such as '    return x', so that another text is trained" in told
+
+
+@pytest.mark.parametrize(("room", "cut"), [(2, 2), (3, 1), (9, 0)])
+def test_answers_that_do_not_fit_are_told_before_they_are_asked(
+    room: int, cut: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    # One token a letter.
+    rows = [{"prompt": "qqq", "answer": answer} for answer in ("zz", "zzz", "zzzz")]
+    lengths = [len(tokenizer(" " + row["answer"])["input_ids"]) for row in rows]
+    assert len(set(lengths)) == 3
+    limit = {2: lengths[0], 3: lengths[1], 9: lengths[2]}[room]
+    warn_of_unreachable(Task.from_records("long", rows, rows), tokenizer, limit)
+    told = [record.getMessage() for record in caplog.records]
+    expected = f"{cut} of 3 test answers need up to {lengths[2]} tokens, but max_new_tokens is {limit}, so they will"
+    assert len(told) == (cut > 0) and all(expected in text for text in told)
+
+
+def test_half_of_what_leads_to_an_answer_is_no_answer() -> None:
+    tokenizer = chat_tokenizer(THINKING)
+    (question,) = SampleTokens(tokenizer, prompts_of(task_of(conversations()).test)[:1], ["red"]).questions
+    lead = question.lead
+    assert len(lead) > 4
+    assert [question.answer_in(lead[:size]) for size in range(len(lead) + 1)] == [""] * (len(lead) + 1)
+    assert question.answer_in(lead + "red") == "red"
 
 
 def test_an_answer_ends_at_the_end_of_a_turn_and_at_end_of_sequence() -> None:

@@ -59,7 +59,7 @@ def evaluate_task(
     prompts, answers = prompts_of(task.test), list(task.test["answer"])
     codec = TextCodec(prepare_tokenizer(tokenizer))
     if check_answers:
-        warn_of_unreachable(task, tokenizer)
+        warn_of_unreachable(task, tokenizer, max_new_tokens)
     generated = generate_answers(
         model,
         tokenizer,
@@ -94,9 +94,17 @@ def find_unreachable(task: Task, tokenizer: Any) -> list[tuple[str, str]]:
     return [(answer, text) for answer, text, score in zip(answers, written, scores, strict=True) if score < 1.0]
 
 
-def warn_of_unreachable(task: Task, tokenizer: Any) -> None:
-    """One warning with the number of `find_unreachable` and an example; nothing where there are none."""
-    found = find_unreachable(task, tokenizer)
+def warn_of_unreachable(task: Task, tokenizer: Any, max_new_tokens: int | None = None) -> None:
+    """One warning with the number of `find_unreachable` and an example, one of answers that a chat template changes,
+    and one of answers that are longer than `max_new_tokens`; nothing where there are none."""
+    changed = [*_changed_by_template(task.test, tokenizer), *_changed_by_template(task.train, tokenizer)]
+    if changed:
+        logger.warning(
+            f"Task '{task.name}': the chat template changes {len(changed)} answers, such as {changed[0][:60]!r}, so "
+            f"that another text is trained than is scored; write them as the template leaves them (it may strip "
+            f"whitespace)."
+        )
+    found = [pair for pair in find_unreachable(task, tokenizer) if pair[0] not in changed]
     if found:
         answer, written = found[0]
         logger.warning(
@@ -104,6 +112,33 @@ def warn_of_unreachable(task: Task, tokenizer: Any) -> None:
             f"{task.metric}: {answer[:60]!r} is read back from its own tokens as {written[:60]!r}; use a tokenizer "
             f"that keeps these characters, or write the answers with others."
         )
+    lengths = [] if max_new_tokens is None else _answer_lengths(task, tokenizer)
+    too_long = [length for length in lengths if length > (max_new_tokens or 0)]
+    if too_long:
+        logger.warning(
+            f"Task '{task.name}': {len(too_long)} of {len(task.test)} test answers need up to {max(too_long)} tokens, "
+            f"but max_new_tokens is {max_new_tokens}, so they will be cut off; raise it (evaluation.max_new_tokens)."
+        )
+
+
+_LOOKED_AT = 200
+"""Samples of a split whose conversations are written out to see what a chat template does to their answers."""
+
+
+def _changed_by_template(split: Any, tokenizer: Any) -> list[str]:
+    """Answers, of the split's first ones, that are not in the text of their sample."""
+    rows = split.select(range(min(_LOOKED_AT, len(split))))
+    codec = TextCodec(prepare_tokenizer(tokenizer))
+    questions, answers = codec.questions(prompts_of(rows)), list(rows["answer"])
+    if all(question.conversation is None for question in questions):
+        return []
+    return [a for a, tail in zip(answers, codec.tails(questions, answers), strict=True) if a.rstrip() not in tail]
+
+
+def _answer_lengths(task: Task, tokenizer: Any) -> list[int]:
+    """Tokens that a model has to write for each test answer, what leads to it included and its end not."""
+    tokens = SampleTokens(tokenizer, prompts_of(task.test), list(task.test["answer"]), f"Task '{task.name}', test row")
+    return [tokens.codec.length(answer.ids) for answer in tokens.answers]
 
 
 def generate_answers(

@@ -181,7 +181,7 @@ def _prompt(row: Mapping[str, Any], field: Field, place: str) -> str | Conversat
     if not value:
         raise DataError(f"{place}: {label} is a list without messages; give one at least.")
     messages = [_message(message, f"{place}: message {index} of {label}") for index, message in enumerate(value)]
-    return Conversation(messages, _tools(row, place))
+    return Conversation(messages, _tools(row, place), _template_settings(row, place))
 
 
 def _answer(row: Mapping[str, Any], field: Field, place: str) -> str:
@@ -194,6 +194,12 @@ def _answer(row: Mapping[str, Any], field: Field, place: str) -> str:
             f"{place}: {label} is a list of messages by {', '.join(map(repr, roles)) or 'nobody'}; it must be the "
             f"assistant's one message, or a string."
         )
+    for key, beside in value[0].items():
+        if key not in ("role", "content", "name", "weight") and beside:
+            raise DataError(
+                f"{place}: the assistant's message in {label} has {key!r}, which would not be trained: an answer is "
+                f"the text in its content; write it there as the model is to write it."
+            )
     return _checked_string(value[0].get("content"), f"'content' of {label}", place)
 
 
@@ -234,6 +240,17 @@ def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{place}: 'tools' is {_brief(tools)}, not a list, nor JSON of one.")
     return _checked_tree(tools, f"{place}: 'tools'") or None
+
+
+def _template_settings(row: Mapping[str, Any], place: str) -> dict[str, Any] | None:
+    """What the row sets for the chat template; keys without a value, as columns of a Dataset have, are left out."""
+    settings = row.get("chat_template_kwargs")
+    if settings is None:
+        return None
+    if not isinstance(settings, Mapping):
+        raise DataError(f"{place}: 'chat_template_kwargs' is {_brief(settings)}, not an object of settings.")
+    kept = {key: value for key, value in settings.items() if value is not None}
+    return _checked_tree(kept, f"{place}: 'chat_template_kwargs'") or None
 
 
 def _checked_tree(value: Any, place: str) -> Any:

@@ -180,8 +180,8 @@ class Task:
 
         Labels are -100 on the prompt. Prompts that are too long are all cut to one length (`prompt_room`), so that
         the place of an answer says nothing about it. `cut` of the new task counts the samples that did not fit in
-        `max_length` tokens and were shortened. `test` stays text. Conversations become exactly what TRL's SFTTrainer
-        trains on for the same prompt and completion.
+        `max_length` tokens and were shortened. `test` stays text. Conversations become what TRL's SFTTrainer trains on
+        for the same prompt and completion, wherever the tokens are the whole text's own.
 
         Where a tokenizer joins characters across the end of a prompt, or puts spaces where the text has none, an
         answer's tokens are not those of the whole text; how many samples that are is logged.

@@ -42,14 +42,18 @@ _PROBE_ANSWER = "Zq0"
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages before an answer, each with role and content, and the tools that the template is given."""
+    """The messages before an answer, each with role and content, and the tools and settings of the template."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Any] | None = None
+    settings: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """As the column ``prompt_messages`` of a task's samples holds it."""
-        return json.dumps({"messages": list(self.messages), "tools": self.tools}, ensure_ascii=False)
+        parts: dict[str, Any] = {"messages": list(self.messages), "tools": self.tools}
+        if self.settings:
+            parts["settings"] = dict(self.settings)
+        return json.dumps(parts, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Conversation:
@@ -97,6 +101,9 @@ class Question:
         return self._without_lead(text.split(ending, 1)[0] if ending else text).rstrip()
 
     def _without_lead(self, text: str) -> str:
+        if self.lead.startswith(text):
+            # Cut off within it, nothing was answered.
+            return ""
         if not self.separates and text.startswith(self.lead):
             return text[len(self.lead) :]
         # Also a tokenizer's one space for whatever whitespace there was.
@@ -211,8 +218,11 @@ class TextCodec:
         Up to its end, without what separates it from the prompt and without whitespace at its end; leading whitespace
         of its own and special tokens stay.
         """
-        end = next((place for place, index in enumerate(ids) if index in self.ends), len(ids))
-        return question.answer_in(self._following(question, list(context), list(ids[:end])))
+        return question.answer_in(self._following(question, list(context), list(ids[: self.length(ids)])))
+
+    def length(self, ids: Sequence[int]) -> int:
+        """How many of an answer's ids come before its end."""
+        return next((place for place, index in enumerate(ids) if index in self.ends), len(ids))
 
     def reference(self, question: Question, answer: str) -> str:
         """``answer`` as it is written when a model gives it; a template's changes to it are no part of that."""
@@ -272,7 +282,11 @@ class TextCodec:
         check_chat_template(self._tokenizer)
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tools=conversation.tools, tokenize=False, add_generation_prompt=answer is None
+                messages,
+                tools=conversation.tools,
+                tokenize=False,
+                add_generation_prompt=answer is None,
+                **(conversation.settings or {}),
             )
         except Exception as error:
             # Templates are programs, and refuse what they do not know in many ways.
