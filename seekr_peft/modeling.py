@@ -1,6 +1,6 @@
 """Load a recipe's base model, tokenizer and LoRA adapter, and refuse those that are not whole.
 
-May import ``adapters``, ``recipe``, ``model_kind``, ``tasks`` and ``errors``.
+May import ``adapters``, ``recipe``, ``model_kind``, ``quantized``, ``tasks`` and ``errors``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .model_kind import (
     non_finite,
     stored_quantization,
 )
+from .quantized import lacks_outer_scales
 from .recipe import DEMO, ModelSection, Recipe
 from .tasks import check_chat_template, prepare_tokenizer
 
@@ -124,22 +125,12 @@ def _load(model: ModelSection, config: Any, chat: bool) -> tuple[Any, Any]:
                 **_quantization_options(model, config),
                 **common,
             )
-        if loaded["mismatched_keys"]:
-            _check_experts(name, model.name_or_path)
-        _check_loaded(base, loaded, model.name_or_path)
-        if _is_quantized(base):
-            # A quantised weight may hide what it was made of.
-            _check_files(base, name, loaded["unexpected_keys"], model.name_or_path)
-            _check_trainable(base, model.name_or_path)
+        _check_whole(base, loaded, name, model.name_or_path)
     except (MemoryError, torch.OutOfMemoryError, SeekrError):
         raise
     except Exception as error:
         # A broken file, a package that is missing, a setting that the family does not have.
-        if report.unjoined:
-            _check_experts(name, model.name_or_path)
-            _refuse_unjoined(model.name_or_path, report.unjoined)
-        if isinstance(error, NotImplementedError) and stored_quantization(config).get("quant_method") == "bitsandbytes":
-            _check_packed(config, name, model)
+        _check_made_up(error, report, config, model)
         raise ConfigError(
             f"model.name_or_path: {model.name_or_path} cannot be loaded: {_one_line(error)}{_broken_file(name)}"
         ) from error
@@ -174,6 +165,31 @@ class _LoadingReport(logging.Filter):
             transformers.logging.set_verbosity(verbosity)
 
 
+def _check_made_up(error: Exception, report: _LoadingReport, config: Any, model: ModelSection) -> None:
+    """Refuse by name what transformers failed to make up for, before it said what is missing."""
+    files, name = resolve_name(model), model.name_or_path
+    if report.unjoined:
+        _check_experts(files, name)
+        raise ConfigError(
+            f"model.name_or_path: {name} lacks tensors to make weights of its model of, or holds them in unlike shapes "
+            f"({_first(sorted(report.unjoined))}); download the checkpoint or save it again, whole."
+        )
+    if isinstance(error, NotImplementedError) and _stored_name(config) in ("nf4", "fp4", "int8"):
+        _check_packed(config, files, model)
+
+
+def _check_whole(base: Any, loaded: dict[str, Any], files: str, name: str) -> None:
+    if loaded["mismatched_keys"]:
+        _check_experts(files, name)
+    _check_loaded(base, loaded, name)
+    if _is_quantized(base):
+        _check_trainable(base, name)
+        inner = [path for path, parameter in base.named_parameters() if lacks_outer_scales(parameter)]
+        _check_missing(name, [f"{path}.nested_absmax" for path in inner])
+        # A quantised weight may hide what it was made of.
+        _check_files(base, files, loaded["unexpected_keys"], name)
+
+
 def _check_loaded(base: Any, loaded: dict[str, Any], name: str) -> None:
     """Refuse a base that is not what its files hold, by what transformers reports of loading it."""
     where = f"model.name_or_path: {name}"
@@ -200,13 +216,6 @@ def _check_missing(name: str, missing: Iterable[str]) -> None:
             f"model.name_or_path: {name} lacks weights of its model, which would be random numbers "
             f"({_first(tensors)}); download the checkpoint or save it again, whole."
         )
-
-
-def _refuse_unjoined(name: str, unjoined: Iterable[str]) -> None:
-    raise ConfigError(
-        f"model.name_or_path: {name} lacks tensors to make weights of its model of, or holds them in unlike shapes "
-        f"({_first(sorted(unjoined))}); download the checkpoint or save it again, whole."
-    )
 
 
 def _check_shapes(name: str, mismatched: Iterable[tuple[str, Any, Any]]) -> None:

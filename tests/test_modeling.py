@@ -345,6 +345,7 @@ def prequantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     folder = tmp_path_factory.mktemp("prequantised")
     kinds = {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+        "double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
         "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
         "int8": {"load_in_8bit": True},
     }
@@ -361,7 +362,16 @@ def prequantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("kind", "asked"), [("nf4", "none"), ("nf4", "nf4"), ("fp4", "none"), ("int8", "none"), ("int8", "int8")]
+    ("kind", "asked"),
+    [
+        ("nf4", "none"),
+        ("nf4", "nf4"),
+        ("double", "none"),
+        ("double", "nf4"),
+        ("fp4", "none"),
+        ("int8", "none"),
+        ("int8", "int8"),
+    ],
 )
 def test_a_checkpoint_that_is_quantised_in_its_files_is_loaded_as_it_is(
     prequantised: Callable[[str], Path], kind: str, asked: str
@@ -434,6 +444,27 @@ def test_a_stored_quantisation_that_cannot_be_trained_through_is_refused(
 
     monkeypatch.setattr(Bnb4BitHfQuantizer, "is_trainable", False)
     refused(recipe_of(prequantised("nf4"), "none"), r"through which nothing can be trained \(BitsAndBytesConfig\); use")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "scales", "named"),
+    [
+        ("nf4", f"{QUERY}.absmax", QUERY),
+        ("double", f"{QUERY}.absmax", QUERY),
+        ("double", f"{QUERY}.nested_absmax", f"{QUERY}.nested_absmax"),
+        ("double", f"{QUERY}.quant_state.bitsandbytes__nf4", QUERY),
+        ("int8", QUERY.replace("weight", "SCB"), QUERY),
+    ],
+)
+def test_stored_scales_that_are_missing_are_refused_by_name(
+    prequantised: Callable[[str], Path], kind: str, scales: str, named: str, tmp_path: Path
+) -> None:
+    base = shutil.copytree(prequantised(kind), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights.pop(scales)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    refused(recipe_of(base), rf"lacks (weights|tensors) .*\({re.escape(named)}\); download")
 
 
 @pytest.mark.filterwarnings("ignore")
