@@ -63,12 +63,12 @@ class AdapterStack:
     goes on training through all tasks.
 
     An adapter that the model already carries is kept: untouched (B = 0) it only serves as the template for the
-    tasks' adapters and is removed; trained, it counts as an earlier one. The stack's own adapters are called task_NN
-    and earlier_NN, or, where the model has such a one already, task_NN_2 and so on.
+    tasks' adapters and is removed; trained and active, it counts as an earlier one. The stack's own adapters are called
+    task_NN and earlier_NN, or, where the model has such a one already, task_NN_2 and so on.
 
     Raises:
         AdapterError: The model has no plain LoRA adapter, or one that cannot be summed exactly (see ``plain_lora``;
-            embeddings, experts, merged or hidden adapters).
+            embeddings, experts, merged or hidden adapters), or a trained one that is not active.
     """
 
     def __init__(self, model: PeftModel, mode: Mode = "stack", rank_limit: RankLimit = "auto") -> None:
@@ -308,12 +308,11 @@ class AdapterStack:
 
     def _adopt_existing(self) -> None:
         names = list(self.model.peft_config)
+        if self.mode == "continue" and len(names) > 1:
+            raise AdapterError(f"mode 'continue' needs a model with one adapter, got {names}; delete the others first.")
         trained = [name for name in names if _is_trained(self.model, name)]
+        _check_active(self.model, trained)
         if self.mode == "continue":
-            if len(names) > 1:
-                raise AdapterError(
-                    f"mode 'continue' needs a model with one adapter, got {names}; delete the others first."
-                )
             self.earlier = names[0]
         else:
             self._unused = [name for name in names if name not in trained]
@@ -504,6 +503,11 @@ def _check_wrapping(model: Any) -> None:
     if isinstance(model, PeftMixedModel):
         raise AdapterError(f"the model mixes kinds of adapters (PeftMixedModel); make it without mixed=True: {wrap}.")
     if not isinstance(model, PeftModel):
+        if _holds_peft_model(model):
+            raise AdapterError(
+                f"the model is a {type(model).__name__} around a PeftModel; give the PeftModel itself, before "
+                f"torch.compile or a wrapper for several devices (TrainingArguments(torch_compile=True) compiles it)."
+            )
         raise AdapterError(f"the model is a {type(model).__name__}, not a PeftModel; wrap it first: {wrap}.")
     base = model.get_base_model()
     if isinstance(base, PeftModel):
@@ -512,6 +516,10 @@ def _check_wrapping(model: Any) -> None:
             f"one that has the adapter to go on from, or a new one over the base alone: {wrap}."
         )
     check_no_hidden_adapter(base)
+
+
+def _holds_peft_model(model: Any) -> bool:
+    return isinstance(model, nn.Module) and any(isinstance(module, PeftModel) for module in model.modules())
 
 
 def check_no_hidden_adapter(base: nn.Module) -> None:
@@ -648,6 +656,19 @@ def _special_parts(name: str, layer: Any) -> str:
 
 def _is_trained(model: nn.Module, name: str) -> bool:
     return any(bool(layer.lora_B[name].weight.any()) for _, layer in _lora_layers(model) if name in layer.lora_B)
+
+
+def _check_active(model: PeftModel, trained: list[str]) -> None:
+    """AdapterError for an adapter of ``trained`` that the model computes without: in a sum it would act."""
+    for name in trained:
+        for path, layer in _lora_layers(model):
+            if name in layer.lora_B and name not in layer.active_adapters:
+                active = list(dict.fromkeys([*model.base_model.active_adapters, name]))
+                raise AdapterError(
+                    f"adapter {name!r} is trained, but not active at {path}, so summing it up with the others would "
+                    f"change what the model computes; call model.delete_adapter({name!r}), or "
+                    f"model.base_model.set_adapter({active!r}) for it to count as an earlier one."
+                )
 
 
 def _summed_factors(layer: LoraLayer, names: list[str]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto import modeling_auto
@@ -44,19 +45,23 @@ BOTH_DIRECTIONS = (
 )
 
 
-def check_checkpoint(config: Any, name: str) -> None:
-    """Refuse the checkpoint ``name`` by its configuration.
+def check_checkpoint(config: Any, name: str, remote_code: bool = False) -> None:
+    """Refuse the checkpoint ``name`` by its configuration; with ``remote_code`` its own code may be run.
 
     Raises:
-        ConfigError: It is no causal language model of text, or pads with a token that it has no embedding for.
+        ConfigError: It is no causal language model of text, would be loaded as another class than its own, or pads
+            with a token that it has no embedding for.
     """
     architectures = list(getattr(config, "architectures", None) or [])
+    own_code = remote_code and _brings_code(config)
     what = f"{name} ({', '.join((f'model_type {config.model_type}', *architectures))})"
     model_class, config = causal_class(config)
     reason = _reason_against(config, architectures[:1], _LANGUAGE_HEADS | _LOADED_AS_DECODER)
     if reason is None and _perceives(config, model_class):
         reason = "sees or hears, but a recipe's tasks are text; use a model that reads text only"
     reason = reason or _without_language_head(config, model_class)
+    if reason is None and model_class is not None and not own_code:
+        reason = _of_another_class(architectures[:1], model_class, remote_code)
     if reason:
         raise ConfigError(f"model.name_or_path: {what} {reason}.")
     text = _text_config(config)
@@ -99,6 +104,12 @@ def causal_class(config: Any) -> tuple[type[nn.Module] | None, Any]:
     if text_class is not None and getattr(model_class, "config_class", None) == text_class:
         return model_class, config.get_text_config()
     return model_class, config
+
+
+def stored_quantization(config: Any) -> dict[str, Any]:
+    """How the weights in the checkpoint's files are quantised, in transformers' keys; empty when they are not."""
+    stored = getattr(config, "quantization_config", None) or getattr(_text_config(config), "quantization_config", None)
+    return stored if isinstance(stored, dict) else stored.to_dict() if stored else {}
 
 
 def check_weights(model: nn.Module, name: str, error: type[Exception] = AdapterError) -> None:
@@ -179,8 +190,29 @@ def _reason_against(config: Any, architectures: list[str], heads: set[str]) -> s
 
 
 def _without_language_head(config: Any, model_class: type[nn.Module] | None) -> str | None:
-    if model_class is None and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+    if model_class is None and not _brings_code(config):
         return "is of a family that has no causal language model; use a causal language model"
+    return None
+
+
+def _brings_code(config: Any) -> bool:
+    """Whether the checkpoint has a causal language model of its own beside its weights."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def _of_another_class(architectures: list[str], model_class: type[nn.Module], remote_code: bool) -> str | None:
+    """Why ``model_class``, which transformers takes by the family alone, is not what was saved; None where it is.
+
+    A class that transformers has is left to its heads and its missing weights: a body without a head is common."""
+    known = {model_class.__name__.lower(), *map(str.lower, dir(transformers))}
+    for architecture in architectures:
+        # The first checkpoints of a family may spell it otherwise: LLaMAForCausalLM.
+        if architecture.lower() not in known:
+            trust = "" if remote_code else "set model.trust_remote_code if it brings code that you trust, or "
+            return (
+                f"is a model of the class {architecture}, which transformers does not have, and would be loaded as "
+                f"{model_class.__name__}; {trust}use a checkpoint of a class that transformers has"
+            )
     return None
 
 

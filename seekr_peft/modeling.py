@@ -1,12 +1,15 @@
 """Load a recipe's base model, tokenizer and LoRA adapter, and refuse those that are not whole.
 
-May import ``adapters``, ``recipe``, ``model_kind``, ``tasks`` and ``errors``.
+May import ``adapters``, ``recipe``, ``model_kind``, ``quantized``, ``tasks`` and ``errors``.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -24,7 +27,16 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .adapters import check_no_hidden_adapter
 from .attention.support import EAGER
 from .errors import ConfigError, SeekrError
-from .model_kind import causal_class, check_checkpoint, check_weights, embedding_rows, is_finite, non_finite
+from .model_kind import (
+    causal_class,
+    check_checkpoint,
+    check_weights,
+    embedding_rows,
+    is_finite,
+    non_finite,
+    stored_quantization,
+)
+from .quantized import lacks_outer_scales
 from .recipe import DEMO, ModelSection, Recipe
 from .tasks import check_chat_template, prepare_tokenizer
 
@@ -37,6 +49,9 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 _NAMED = 3
 """Tensors or tokens that a sentence names before it counts the rest."""
 
+_NUMBER = re.compile(r"\d+")
+_EXPERT = re.compile(r"(?P<layer>.*\bexperts\.)(\d+)\.(.+)")
+_LFS_POINTER = b"version https://git-lfs"
 _WEIGHT_NAMES = ("weight", "bias")
 _TEXT_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -53,7 +68,7 @@ def load_model(recipe: Recipe) -> tuple[PeftModel, Any]:
     check_no_hidden_adapter(base)
     check_tokens(tokenizer, embedding_rows(base), recipe.model.name_or_path)
     base.config.use_cache = False
-    if recipe.model.quantization != "none":
+    if _is_quantized(base):
         # PEFT's own default is reentrant checkpointing, under which a captured attention has no gradient.
         base = prepare_model_for_kbit_training(
             base,
@@ -67,7 +82,8 @@ def read_config(model: ModelSection) -> Any:
     """The base's configuration.
 
     Raises:
-        ConfigError: It cannot be read, or is of a model that cannot be trained here.
+        ConfigError: It cannot be read, is of a model that cannot be trained here, or of one that is stored in another
+            quantisation than is asked for.
     """
     try:
         config = AutoConfig.from_pretrained(resolve_name(model), trust_remote_code=model.trust_remote_code)
@@ -76,7 +92,8 @@ def read_config(model: ModelSection) -> Any:
         raise ConfigError(
             f"model.name_or_path: the configuration of {model.name_or_path} cannot be read: {_one_line(error)}"
         ) from error
-    check_checkpoint(config, model.name_or_path)
+    check_checkpoint(config, model.name_or_path, model.trust_remote_code)
+    _check_quantization(model, config)
     return config
 
 
@@ -91,54 +108,93 @@ def attention_implementation(wanted: str, config: Any) -> str:
 def _load(model: ModelSection, config: Any, chat: bool) -> tuple[Any, Any]:
     name = resolve_name(model)
     common = {"trust_remote_code": model.trust_remote_code}
+    report = _LoadingReport()
     try:
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(name, **common))
         if chat:
             check_chat_template(tokenizer)
-        with _without_loading_report():
+        with report.instead_of_shown():
             base, loaded = AutoModelForCausalLM.from_pretrained(
                 name,
-                quantization_config=_quantization(model),
                 dtype=compute_dtype(model),
                 attn_implementation=attention_implementation(model.attn_implementation, config),
                 device_map={"": 0} if torch.cuda.is_available() else None,
                 output_loading_info=True,
                 # They are told below, by name.
                 ignore_mismatched_sizes=True,
+                **_quantization_options(model, config),
                 **common,
             )
-        _check_loaded(base, loaded, model.name_or_path)
-        if model.quantization != "none":
-            # A quantised weight may hide what it was made of.
-            _check_files(base, name, loaded["unexpected_keys"], model.name_or_path)
+        _check_whole(base, loaded, name, model.name_or_path)
     except (MemoryError, torch.OutOfMemoryError, SeekrError):
         raise
     except Exception as error:
         # A broken file, a package that is missing, a setting that the family does not have.
-        raise ConfigError(f"model.name_or_path: {model.name_or_path} cannot be loaded: {_one_line(error)}") from error
+        _check_made_up(error, report, config, model)
+        raise ConfigError(
+            f"model.name_or_path: {model.name_or_path} cannot be loaded: {_one_line(error)}{_broken_file(name)}"
+        ) from error
     return tokenizer, base
 
 
-@contextmanager
-def _without_loading_report() -> Iterator[None]:
-    """Without transformers' table of the weights that it did not find: it is told in a sentence."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
+class _LoadingReport(logging.Filter):
+    """transformers' table of the weights that it did not find, kept and not shown: it is told in a sentence.
+
+    Which tensors could not be joined into one, as experts are, transformers (5.23) says nowhere else.
+    """
+
+    unjoined: tuple[str, ...] = ()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        rows = [line.split("|") for line in record.getMessage().splitlines()]
+        self.unjoined += tuple(row[0].strip() for row in rows if len(row) > 1 and row[1].strip() == "CONVERSION")
+        return record.levelno >= logging.ERROR
+
+    @contextmanager
+    def instead_of_shown(self) -> Iterator[None]:
+        verbosity, logger = transformers.logging.get_verbosity(), logging.getLogger("transformers.modeling_utils")
+        level = logger.level
+        transformers.logging.set_verbosity_error()
+        logger.setLevel(logging.WARNING)
+        logger.addFilter(self)
+        try:
+            yield
+        finally:
+            logger.removeFilter(self)
+            logger.setLevel(level)
+            transformers.logging.set_verbosity(verbosity)
+
+
+def _check_made_up(error: Exception, report: _LoadingReport, config: Any, model: ModelSection) -> None:
+    """Refuse by name what transformers failed to make up for, before it said what is missing."""
+    files, name = resolve_name(model), model.name_or_path
+    if report.unjoined:
+        _check_experts(files, name)
+        raise ConfigError(
+            f"model.name_or_path: {name} lacks tensors to make weights of its model of, or holds them in unlike shapes "
+            f"({_first(sorted(report.unjoined))}); download the checkpoint or save it again, whole."
+        )
+    if isinstance(error, NotImplementedError) and _stored_name(config) in ("nf4", "fp4", "int8"):
+        _check_packed(config, files, model)
+
+
+def _check_whole(base: Any, loaded: dict[str, Any], files: str, name: str) -> None:
+    if loaded["mismatched_keys"]:
+        _check_experts(files, name)
+    _check_loaded(base, loaded, name)
+    if _is_quantized(base):
+        _check_trainable(base, name)
+        inner = [path for path, parameter in base.named_parameters() if lacks_outer_scales(parameter)]
+        _check_missing(name, [f"{path}.nested_absmax" for path in inner])
+        # A quantised weight may hide what it was made of.
+        _check_files(base, files, loaded["unexpected_keys"], name)
 
 
 def _check_loaded(base: Any, loaded: dict[str, Any], name: str) -> None:
     """Refuse a base that is not what its files hold, by what transformers reports of loading it."""
-    where, again = f"model.name_or_path: {name}", "download the checkpoint or save it again, whole"
+    where = f"model.name_or_path: {name}"
     _check_shapes(name, loaded["mismatched_keys"])
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise ConfigError(
-            f"{where} lacks weights of its model, which would be random numbers ({_first(missing)}); {again}."
-        )
+    _check_missing(name, loaded["missing_keys"])
     if loaded["error_msgs"]:
         raise ConfigError(f"{where} cannot be loaded: {' '.join(' '.join(loaded['error_msgs']).split())}")
     unexpected = sorted(loaded["unexpected_keys"])
@@ -151,6 +207,15 @@ def _check_loaded(base: Any, loaded: dict[str, Any], name: str) -> None:
     if unexpected:
         logger.warning("%s holds weights that its model does not use (%s).", name, _first(unexpected))
     check_weights(base, where, ConfigError)
+
+
+def _check_missing(name: str, missing: Iterable[str]) -> None:
+    tensors = sorted(missing)
+    if tensors:
+        raise ConfigError(
+            f"model.name_or_path: {name} lacks weights of its model, which would be random numbers "
+            f"({_first(tensors)}); download the checkpoint or save it again, whole."
+        )
 
 
 def _check_shapes(name: str, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
@@ -193,6 +258,75 @@ def _check_files(base: Any, name: str, unused: set[str], shown: str) -> None:
                     _check_shapes(shown, [(key, tensor.shape, wanted)])
                 if not is_finite(tensor):
                     raise ConfigError(non_finite(f"model.name_or_path: {shown}", key))
+
+
+def _check_experts(files: str, name: str) -> None:
+    """Refuse a checkpoint of which an expert lacks a tensor that others have, or has it in another shape.
+
+    transformers (5.23) joins the experts of a layer into one tensor, and names that or, where it fails, none at all.
+    """
+    shapes = _stored_shapes(files)
+    kinds: dict[str, list[tuple[str, ...]]] = {}
+    for match in filter(None, map(_EXPERT.fullmatch, shapes)):
+        kinds.setdefault(_NUMBER.sub("*", match["layer"]), []).append(match.groups())
+    for found in kinds.values():
+        layers, experts, parts = map(set, zip(*found, strict=True))
+        whole = {part: [f"{layer}{expert}.{part}" for layer in layers for expert in experts] for part in parts}
+        _check_missing(name, {key for keys in whole.values() for key in keys} - shapes.keys())
+        for keys in whole.values():
+            usual, _ = Counter(shapes[key] for key in keys).most_common(1)[0]
+            _check_shapes(name, [(key, shapes[key], usual) for key in keys if shapes[key] != usual])
+
+
+def _check_packed(config: Any, files: str, model: ModelSection) -> None:
+    """Refuse a checkpoint of packed weights that lacks one: transformers (5.23) fails as it makes up random numbers
+    for it, before it says which."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    prefix, stored, head = f"{base.base_model_prefix}.", _stored_shapes(files), base.get_output_embeddings()
+    wanted = {
+        f"{path}.weight" for path, part in base.named_modules() if isinstance(part, nn.Linear) and part is not head
+    }
+    _check_missing(model.name_or_path, {key for key in wanted if not {key, key.removeprefix(prefix)} & stored.keys()})
+
+
+def _stored_shapes(files: str) -> dict[str, tuple[int, ...]]:
+    """Of every tensor in the checkpoint's safetensors files; none of them is read."""
+    shapes = {}
+    for path in _weight_files(files):
+        with safe_open(path, framework="pt") as file:
+            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())})
+    return shapes
+
+
+def _broken_file(name: str) -> str:
+    """The end of a sentence on a checkpoint that was not downloaded whole, with the file; "" for any other."""
+    folder = Path(name)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_file() and _starts_with(path, _LFS_POINTER):
+            return f"; {path.name} only points to a file that Git LFS keeps elsewhere: was it downloaded whole?"
+    try:
+        paths = [Path(file) for file in _weight_files(name)]
+    except (OSError, ValueError):
+        # The list of the shards is broken, which transformers says.
+        return ""
+    damage = next(filter(None, map(_damage, paths)), "")
+    return f"; {damage}: was it downloaded whole?" if damage else ""
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _damage(path: Path) -> str:
+    try:
+        with safe_open(path, framework="pt"):
+            return ""
+    except SafetensorError:
+        return f"{path.name} is cut off or damaged"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
 
 
 def _linear_shapes(base: Any) -> dict[str, tuple[int, int]]:
@@ -301,9 +435,58 @@ def compute_dtype(model: ModelSection) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _quantization(model: ModelSection) -> BitsAndBytesConfig | None:
-    if model.quantization == "none":
-        return None
+def _is_quantized(base: Any) -> bool:
+    """Whether the base was loaded with quantised weights, by the recipe or because its files hold them so."""
+    return bool(getattr(base, "is_quantized", False))
+
+
+def _check_trainable(base: Any, name: str) -> None:
+    # As transformers' Trainer asks; PEFT does not.
+    if not base.hf_quantizer.is_trainable:
+        kind = type(base.hf_quantizer.quantization_config).__name__
+        raise ConfigError(
+            f"model.name_or_path: {name} is stored in a quantisation through which nothing can be trained ({kind}); "
+            f"use the checkpoint that it was made of, or one that is stored in nf4."
+        )
+
+
+def _stored_name(config: Any) -> str | None:
+    """The stored quantisation as a recipe calls it, or by its method where a recipe has no name for it."""
+    stored = stored_quantization(config)
+    if stored.get("load_in_4bit"):
+        return str(stored.get("bnb_4bit_quant_type", "fp4"))
+    if stored.get("load_in_8bit"):
+        return "int8"
+    return str(stored.get("quant_method")) if stored else None
+
+
+def _check_quantization(model: ModelSection, config: Any) -> None:
+    """ConfigError when the files hold another quantisation than the recipe's, which transformers would load."""
+    stored = _stored_name(config)
+    if stored not in (None, model.quantization) and model.quantization != "none":
+        same = f"{stored} or none" if stored in ("nf4", "int8") else "none"
+        raise ConfigError(
+            f"model.quantization: {model.quantization} cannot be made of {model.name_or_path}, whose weights are "
+            f"stored in {stored}; set model.quantization: {same}, which loads them as they are, or use the checkpoint "
+            f"that it was made of."
+        )
+
+
+def _quantization_options(model: ModelSection, config: Any) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` that quantise, or nothing: None stands for no quantisation even where the
+    files hold one."""
+    if not stored_quantization(config):
+        return {} if model.quantization == "none" else {"quantization_config": _quantization(model)}
+    if model.quantization == "nf4":
+        # How the weights are packed is a matter of the files, what they are multiplied in one of the recipe.
+        config = copy.deepcopy(config)
+        dtype = str(compute_dtype(model)).removeprefix("torch.")
+        config.quantization_config = {**stored_quantization(config), "bnb_4bit_compute_dtype": dtype}
+        return {"config": config}
+    return {}
+
+
+def _quantization(model: ModelSection) -> BitsAndBytesConfig:
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -54,6 +54,16 @@ def scales(parameter: Tensor) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]
 
 
+def lacks_outer_scales(parameter: Tensor) -> bool:
+    """Whether the scales of a 4-bit ``parameter`` are packed numbers themselves, with nothing to multiply them by.
+
+    bitsandbytes (0.50) takes double quantisation for single where its file has no ``nested_absmax``, and goes on.
+    """
+    state = getattr(parameter, "quant_state", None)
+    absmax = getattr(state, "absmax", None)
+    return isinstance(absmax, Tensor) and not absmax.is_floating_point() and getattr(state, "state2", None) is None
+
+
 def _unpack(layer: Any) -> bool:
     state = layer.weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):

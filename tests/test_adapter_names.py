@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from seekr_peft import SeekrConfig
 from seekr_peft.adapters import AdapterStack
 from seekr_peft.errors import AdapterError
-from seekr_peft.methods import Seekr, Sequential
+from seekr_peft.methods import Seekr, Sequential, get_method
 from seekr_peft.modeling import load_model
 from seekr_peft.recipe import load_recipe
 
@@ -77,6 +77,70 @@ def test_several_adapters_of_the_stacks_own_names_become_one_that_is_their_sum(r
         assert relative(logits_of(model), before) < 1e-5
     two_tasks(method, rank_limit_passed=rank_limit is not None)
     assert list(model.peft_config) == [method.stack.earlier]
+
+
+def with_reference(trained: bool, active: list[str]) -> Any:
+    """The layout of preference training: beside the trained adapter a copy of it that is only asked now and then."""
+    model = carrying("default", trained=True)
+    model.add_adapter("ref", model.peft_config["default"])
+    parameters = dict(model.named_parameters())
+    for key, parameter in parameters.items():
+        if trained and ".ref." in key:
+            parameter.data.copy_(parameters[key.replace(".ref.", ".default.")])
+    model.base_model.set_adapter(active)
+    return model
+
+
+@pytest.mark.parametrize(("active", "inactive"), [("default", "ref"), ("ref", "default")])
+@pytest.mark.parametrize("method", ["sequential", "seekr"])
+def test_a_trained_adapter_that_is_not_active_is_refused_by_name(active: str, inactive: str, method: str) -> None:
+    model = with_reference(trained=True, active=[active])
+    before = logits_of(model)
+    with pytest.raises(AdapterError) as caught:
+        get_method(method)(model)
+    text = str(caught.value)
+    assert text.startswith(f"adapter '{inactive}' is trained, but not active at base_model.model.model.layers.0.")
+    assert (
+        f"call model.delete_adapter('{inactive}'), or model.base_model.set_adapter(['{active}', '{inactive}'])" in text
+    )
+    assert torch.equal(logits_of(model), before) and set(model.peft_config) == {"default", "ref"}
+
+
+@pytest.mark.parametrize("way", ["deleted", "activated"])
+def test_both_ways_on_that_the_refusal_names_keep_the_outputs(way: str) -> None:
+    model = with_reference(trained=True, active=["default"])
+    alone = logits_of(model)
+    if way == "deleted":
+        model.delete_adapter("ref")
+    else:
+        model.base_model.set_adapter(["default", "ref"])
+    before = logits_of(model)
+    assert (relative(before, alone) > 0.1) is (way == "activated")
+    method = Sequential(model)
+    assert method.stack.adopted and relative(logits_of(model), before) < 1e-5
+    two_tasks(method)
+
+
+def test_an_untrained_adapter_that_is_not_active_is_harmless() -> None:
+    model = with_reference(trained=False, active=["default"])
+    before = logits_of(model)
+    method = Sequential(model)
+    assert method.stack.adopted and relative(logits_of(model), before) < 1e-5
+    two_tasks(method)
+
+
+def test_an_adapter_that_is_switched_off_in_one_layer_only_is_refused_with_the_layer() -> None:
+    model = carrying("default", trained=True)
+    model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").set_adapter([])
+    with pytest.raises(AdapterError, match=r"'default' is trained, but not active at .*layers\.1\.mlp\.up_proj,"):
+        AdapterStack(model)
+
+
+def test_going_on_with_an_adapter_that_is_not_active_is_refused() -> None:
+    model = carrying("default", trained=True)
+    model.base_model.set_adapter([])
+    with pytest.raises(AdapterError, match="'default' is trained, but not active"):
+        AdapterStack(model, mode="continue")
 
 
 @pytest.mark.parametrize("mode", ["stack", "continue"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from seekr_peft.adapters import AdapterStack, Consolidation, _truncate
 from seekr_peft.errors import AdapterError
+from seekr_peft.methods import get_method
 from seekr_peft.quantized import keep_differentiable
 
 MODES = ["stack", "continue"]
@@ -210,6 +211,7 @@ def two_adapters() -> Any:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    model.base_model.set_adapter(["default", "second"])
     return model
 
 
@@ -370,9 +372,28 @@ def test_a_model_without_lora_is_refused_with_what_it_is() -> None:
 
     with pytest.raises(AdapterError, match="the model is a LlamaForCausalLM, not a PeftModel"):
         AdapterStack(tiny_llama())  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="the model is a str, not a PeftModel"):
+        AdapterStack("some/model")  # type: ignore[arg-type]
     model = get_peft_model(tiny_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(AdapterError, match="is IA3Config; only LoRA adapters"):
         AdapterStack(model)
+
+
+def compiled(model: nn.Module) -> Any:
+    # Inductor, the default, takes seconds to be imported and warns of itself.
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("method", ["sequential", "replay", "seekr"])
+@pytest.mark.parametrize("wrapper", [compiled, nn.DataParallel, lambda model: compiled(nn.DataParallel(model))])
+def test_a_wrapper_around_a_peft_model_is_refused_with_where_it_belongs(wrapper: Any, method: str) -> None:
+    wrapped = wrapper(fresh_peft())
+    message = (
+        rf"^the model is a {type(wrapped).__name__} around a PeftModel; give the PeftModel itself, before "
+        r"torch\.compile or .*TrainingArguments\(torch_compile=True\)"
+    )
+    with pytest.raises(AdapterError, match=message):
+        get_method(method)(wrapped)
 
 
 def test_by_default_eight_tasks_are_summed_exactly_and_a_ninth_is_not() -> None:

@@ -227,6 +227,79 @@ def test_a_family_without_a_language_model_is_refused_unless_its_own_code_has_on
     check_checkpoint(config, "X")
 
 
+@pytest.mark.parametrize("remote_code", [False, True])
+@pytest.mark.parametrize(
+    ("family", "architecture", "taken"),
+    [
+        ("Llama", "LlamaBiModel", "LlamaForCausalLM"),
+        ("Llama", "LLaDAModelLM", "LlamaForCausalLM"),
+        ("Llama", "FooForCausalLM", "LlamaForCausalLM"),
+        ("Mistral", "BidirectionalMistralModel", "MistralForCausalLM"),
+        ("GPT2", "MyGPT2LMHeadModel", "GPT2LMHeadModel"),
+    ],
+)
+def test_a_checkpoint_of_a_class_that_transformers_has_not_is_not_loaded_as_another(
+    family: str, architecture: str, taken: str, remote_code: bool
+) -> None:
+    config = configuration(family, architectures=[architecture])
+    with pytest.raises(ConfigError) as caught:
+        check_checkpoint(config, "X", remote_code)
+    trust = "" if remote_code else "set model.trust_remote_code if it brings code that you trust, or "
+    assert str(caught.value) == (
+        f"model.name_or_path: X (model_type {config.model_type}, {architecture}) is a model of the class "
+        f"{architecture}, which transformers does not have, and would be loaded as {taken}; {trust}use a checkpoint of "
+        f"a class that transformers has."
+    )
+
+
+def test_a_class_of_its_own_is_taken_where_its_code_is_trusted() -> None:
+    config = configuration("Llama", architectures=["FooForCausalLM"])
+    config.auto_map = {"AutoModelForCausalLM": "modeling_foo.FooForCausalLM"}
+    check_checkpoint(config, "X", remote_code=True)
+    with pytest.raises(ConfigError, match=r"FooForCausalLM\) .* loaded as LlamaForCausalLM; set model\.trust_remote"):
+        check_checkpoint(config, "X")
+    # Code for something else is no language model.
+    config.auto_map = {"AutoModel": "modeling_foo.FooModel"}
+    with pytest.raises(ConfigError, match="would be loaded as LlamaForCausalLM"):
+        check_checkpoint(config, "X", remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("Llama", None),
+        ("Llama", "LlamaModel"),
+        ("Llama", "LLaMAForCausalLM"),
+        ("GPT2", "GPT2Model"),
+        ("GPT2", "GPT2LMHeadModel"),
+        ("Phi3", "Phi3ForCausalLM"),
+        ("Falcon", "FalconForCausalLM"),
+        ("Mpt", "MPTForCausalLM"),
+        ("GPTBigCode", "GPTBigCodeForCausalLM"),
+    ],
+)
+@pytest.mark.parametrize("auto_map", [None, {"AutoModelForCausalLM": "modeling_own.Own"}])
+def test_a_class_of_transformers_passes_with_code_left_beside_it(family: str, architecture: Any, auto_map: Any) -> None:
+    config = getattr(transformers, f"{family}Config")(architectures=[architecture] if architecture else None)
+    if auto_map:
+        config.auto_map = auto_map
+    check_checkpoint(config, "X")
+
+
+def test_a_class_that_the_user_has_registered_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OwnConfig(transformers.LlamaConfig):
+        model_type = "own"
+
+    class OwnForCausalLM(transformers.LlamaForCausalLM):
+        config_class = OwnConfig
+
+    extra = transformers.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content
+    monkeypatch.setitem(extra, OwnConfig, OwnForCausalLM)
+    check_checkpoint(OwnConfig(architectures=["OwnForCausalLM"]), "X")
+    with pytest.raises(ConfigError, match="would be loaded as OwnForCausalLM"):
+        check_checkpoint(OwnConfig(architectures=["OtherForCausalLM"]), "X")
+
+
 @pytest.mark.parametrize("padding", [VOCABULARY, VOCABULARY + 5])
 def test_a_configuration_that_pads_beyond_its_embeddings_is_refused(padding: int) -> None:
     config = configuration("Llama", pad_token_id=padding)
