@@ -48,7 +48,10 @@ class Moment:
             DivergenceError: With task, step and learning rate.
         """
         if _number(gradient_norm) == 0 and _number(loss) > LEAST_LOSS:
-            raise self._error(f"its loss is {_number(loss):.3g} nats and the gradient of every adapter weight is 0")
+            raise self._error(
+                f"its loss is {_number(loss):.3g} nats and the gradient of every adapter weight is 0 (numbers that "
+                f"overflow, or something that cuts the adapter off, such as reentrant checkpointing)"
+            )
 
     def _error(self, what: str) -> DivergenceError:
         of_all = f" of {self.n_steps}" if self.n_steps > 0 else ""

@@ -106,7 +106,7 @@ def test_a_loss_without_a_gradient_is_no_training(tmp_path: Path) -> None:
 
     method = after_one_task(Sequential, tmp_path)
     with pytest.raises(
-        DivergenceError, match=r"its loss is 4\.11 nats and the gradient .* is 0 at optimiser step 4 of 6"
+        DivergenceError, match=r"its loss is 4\.11 nats and the gradient .* is 0 .* at optimiser step 4 of 6"
     ):
         train(method, tmp_path, spoil)
 
