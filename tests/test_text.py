@@ -383,3 +383,16 @@ def test_the_special_tokens_in_front_are_found() -> None:
     }
     for name, front in expected.items():
         assert TextCodec(ZOO[name]()).front == front(ZOO[name]())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama2", "llama2 without a space"])
+@pytest.mark.parametrize("answer", ["    return x", "red", "a\n    b"])
+def test_indentation_after_a_token_that_takes_the_whitespace_behind_it_is_kept(kind: str, answer: str) -> None:
+    """As the turns of Phi-3's chats, which take the line break behind them."""
+    from tokenizers import AddedToken
+
+    tokenizer = ZOO[kind]()
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
+    tokens = SampleTokens(tokenizer, ["q<|assistant|>\n"], [answer])
+    written = tokens.codec.written(tokens.questions[0], tokens.prompts[0], tokens.answers[0].ids)
+    assert written == answer

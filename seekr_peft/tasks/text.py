@@ -364,6 +364,10 @@ class TextCodec:
             near, before = context, self._decoded(context)
         both = self._decoded(near + ids)
         text = both[_common(before, both) :]
+        last = self._tokenizer.added_tokens_decoder.get(near[-1]) if near else None
+        if last is not None and last.rstrip:
+            # The token stands for the whitespace behind it, so it is not decoded; a space after it is the answer's.
+            return text
         if question.head[-1:].isspace() and not before.endswith(question.head[-1]):
             # A tokenizer of words: its decoding puts a space between any two, and no other whitespace.
             return text.removeprefix(" ")
