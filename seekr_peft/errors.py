@@ -1,19 +1,62 @@
-"""Every error that a user of the package can cause. Imports nothing; any module may import it.
+"""Every error that a user of the package can cause. Imports nothing of it; any module may import it.
 
 A message is one sentence that says what was wrong, the value, the place, and what to do. The command line prints a
-``SeekrError`` as one line and exits with status 2; anything else is a bug and keeps its traceback.
+``SeekrError`` as one line and exits with status 2; anything else is a bug and keeps its traceback. ``shown`` and
+``printable`` are for the values in it, which may come from a file that nobody has looked at.
 """
+
+import re
+import reprlib
+from typing import Any
+
+LONGEST_VALUE = 200
+"""Characters of a value that a message repeats."""
+
+# C0 and C1 controls (ESC and CSI drive a terminal), and the marks that change the direction of text; not the newline.
+_CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """``text`` with every control character written out, as in ``\\x1b``, so that no file's content can drive a
+    terminal."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def shown(value: Any, limit: int = LONGEST_VALUE) -> str:
+    """``repr(value)`` for a message: cut in the middle to ``limit`` characters, in bounded time whatever the value."""
+    text = _SHORT.repr(value)
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[len(text) - half :]}"
+
+
+class _ShortRepr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = 12
+        self.maxstring = self.maxother = self.maxlong = 2 * LONGEST_VALUE
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out more than 4,300 digits.
+        return repr(x) if x.bit_length() < 4096 else f"<a whole number of about {int(x.bit_length() * 0.30103)} digits>"
+
+
+_SHORT = _ShortRepr()
 
 
 class SeekrError(Exception):
     """Base of all errors that this package raises on purpose."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*(printable(part) if isinstance(part, str) else part for part in parts))
 
 
 class ConfigError(SeekrError, ValueError):
     """A setting is unknown, of the wrong type or out of range. ``problems`` holds one sentence a mistake, each once."""
 
     def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(dict.fromkeys(problems))
+        each = [problems] if isinstance(problems, str) else dict.fromkeys(problems)
+        self.problems = [printable(problem) for problem in each]
         super().__init__("\n".join(self.problems))
 
 
