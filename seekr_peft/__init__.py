@@ -24,6 +24,7 @@ _HOMES = {
     "AnswerCollator": "tasks",
     "AccuracyMatrix": "evaluation",
     "run_recipe": "run",
+    "RunStopped": "stopping",
     "SeekrError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .methods import Sequential as Sequential
     from .run import run_recipe as run_recipe
     from .sft_trainer import ContinualSFTTrainer as ContinualSFTTrainer
+    from .stopping import RunStopped as RunStopped
     from .tasks import AnswerCollator as AnswerCollator
     from .tasks import Task as Task
     from .trainer import ContinualTrainer as ContinualTrainer

@@ -1,16 +1,17 @@
 """``AdapterStack``: one LoRA per task over the frozen sum of the earlier ones. The only file that changes PEFT state.
 
-May import ``errors``, ``plain_lora`` and ``quantized``. Verified with PEFT 0.21.2. Deliberately not used, each measured
-to go wrong: merging into 4-bit weights (the update is rounded away), ``disable_adapter()`` as a switch (it un-freezes
-every active adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter trainable).
+May import ``errors``, ``files``, ``plain_lora`` and ``quantized``. Verified with PEFT 0.21.2. Deliberately not used,
+each measured to go wrong: merging into 4-bit weights (the update is rounded away), ``disable_adapter()`` as a switch
+(it un-freezes every active adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter
+trainable).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
-import tempfile
+import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import AdapterError
+from .files import replacing, scratch_folder
 from .plain_lora import CONFIG_FILE, SEPARATE, WEIGHTS_FILE, why_refused
 from .quantized import keep_differentiable
 
@@ -273,11 +275,9 @@ class AdapterStack:
                 )
         self._save(current, directory)
 
-    def load_current(self, checkpoint: Path) -> None:
-        """Bring the current task's adapter back to what a ``save_pretrained`` of the whole model wrote, a folder an
-        adapter."""
-        name = self._require_current()
-        _load(self.model, name, checkpoint if name == "default" else checkpoint / name)
+    def load_current(self, directory: Path) -> None:
+        """Bring the current task's adapter back to what ``save_current`` wrote into ``directory``."""
+        _load(self.model, self._require_current(), directory)
         self.activate()
 
     def export(self, directory: Path) -> None:
@@ -456,14 +456,24 @@ class AdapterStack:
 
     def _save(self, name: str, directory: Path) -> None:
         directory = Path(directory)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as temporary:
+        directory.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(directory) as scratch:
             # PEFT writes any adapter but "default" into a folder of its name.
-            self.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
-            written = Path(temporary) / name if name != "default" else Path(temporary)
-            directory.mkdir(exist_ok=True)
+            self.model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+            written = scratch / name if name != "default" else scratch
+            _sort_names(written / CONFIG_FILE)
             for file in (WEIGHTS_FILE, CONFIG_FILE):
-                shutil.move(written / file, directory / file)
+                with replacing(directory / file) as temporary:
+                    os.replace(written / file, temporary)
+
+
+def _sort_names(path: Path) -> None:
+    """PEFT writes sets in the order that a process happens to have, so that equal adapters differed in their bytes."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(settings.get(key), list):
+            settings[key].sort()
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -1,4 +1,4 @@
-"""The command line: ``seekr-peft demo | run | compare | doctor | report | inspect | export``, one Python call each.
+"""The command line: ``seekr-peft demo | run | compare | doctor | report | inspect | repair | export``, one call each.
 
 Heavy imports are inside the commands, so that ``--help`` answers at once.
 """
@@ -11,6 +11,7 @@ import typer
 
 from . import __version__
 from .errors import ConfigError, SeekrError
+from .stopping import listening
 
 app = typer.Typer(
     name="seekr-peft",
@@ -56,7 +57,10 @@ def run(
         list[str] | None,
         typer.Argument(help="section.key=value, as in training.learning_rate=1e-4", show_default=False),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished task.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint or finished task.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="As --resume, from the last undamaged task; see the command repair.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Only check the recipe; load nothing.")] = False,
 ) -> None:
     """Train the tasks of RECIPE one after another; ends with the accuracy matrix, OP and BWT."""
@@ -69,7 +73,11 @@ def run(
     _quiet()
     from .run import run_recipe
 
-    run_recipe(recipe, overrides or [], resume=resume)
+    if repair:
+        from .recipe import load_recipe
+
+        _repair(Path(load_recipe(recipe, overrides or []).output_dir))
+    run_recipe(recipe, overrides or [], resume=resume or repair)
 
 
 @app.command()
@@ -144,13 +152,32 @@ def report(
 
 
 @app.command()
-def inspect(run_directory: RunDirectory) -> None:
+def inspect(
+    run_directory: RunDirectory,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every stored file; status 2 and a line each when some are damaged.")
+    ] = False,
+) -> None:
     """Print what a run directory holds: tasks, teachers, memory, heads, matrix."""
+    if verify:
+        from .repair import verify as verify_files
+
+        typer.echo(verify_files(run_directory))
+        return
     from rich.console import Console
 
     from .report import render_inspection
 
     render_inspection(run_directory, Console())
+
+
+@app.command()
+def repair(run_directory: RunDirectory) -> None:
+    """Take a run whose files were damaged back to its last undamaged task; nothing is deleted.
+
+    What is damaged, and what was made from it, is moved into RUN/damaged-1.
+    """
+    _repair(run_directory)
 
 
 @app.command()
@@ -162,6 +189,13 @@ def export(
     from .export import export_adapter
 
     typer.echo(export_adapter(run_directory, out))
+
+
+def _repair(directory: Path) -> None:
+    from .repair import repair as repair_directory
+
+    for sentence in repair_directory(directory).sentences(directory):
+        typer.echo(sentence)
 
 
 def _whole_numbers(option: str, text: str | None) -> list[int] | None:
@@ -196,7 +230,8 @@ def main() -> None:
     # bitsandbytes warns at import about a CPU kernel that training does not use; whatever loads it, loads it later.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        app()
+        with listening():
+            app()
     except ConfigError as error:
         for problem in error.problems:
             typer.echo(f"seekr-peft: {problem}", err=True)

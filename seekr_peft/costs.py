@@ -114,7 +114,8 @@ def seconds_into(cost: TaskCost, field: str) -> Iterator[None]:
 
 
 def kept_bytes(task_directory: Path) -> int:
-    """Bytes in a finished task's directory but for its adapter."""
-    adapter = task_directory / "adapter"
-    files = (path for path in task_directory.rglob("*") if path.is_file() and adapter not in path.parents)
+    """Bytes that a finished task's directory keeps for later tasks to be trained with: all but its adapter, and what is
+    written about it."""
+    beside = {task_directory / name for name in ("adapter", "manifest.json", "importance.safetensors")}
+    files = (path for path in task_directory.rglob("*") if path.is_file() and not beside & {path, *path.parents})
     return sum(path.stat().st_size for path in files)

@@ -1,4 +1,4 @@
-"""Hand the result of a run on: a plain PEFT adapter folder. May import ``errors``; loads no model."""
+"""Hand the result of a run on: a plain PEFT adapter folder. May import ``manifest`` and ``errors``; loads no model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from .errors import RunError
+from .manifest import StoredFiles
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -17,11 +18,12 @@ def export_adapter(run_directory: str | Path, out: str | Path) -> Path:
     ``PeftModel.from_pretrained(base, out)`` loads it without this package.
 
     Raises:
-        RunError: The run is not finished, or ``out`` is not empty.
+        RunError: The run is not finished, its adapter is not what was written, or ``out`` is not empty.
     """
     source, target = Path(run_directory) / "adapter", Path(out)
     if not Path(run_directory).is_dir():
         raise RunError(f"{run_directory} is no folder; give the output_dir of a run.")
+    StoredFiles(Path(run_directory)).check(*(source / name for name in FILES))
     missing = [name for name in FILES if not (source / name).is_file()]
     if missing:
         raise RunError(

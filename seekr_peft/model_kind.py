@@ -7,11 +7,14 @@ are loaded, a loaded model by its class too. May import ``forward``, ``attention
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import transformers
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto import modeling_auto
@@ -236,3 +239,27 @@ def _looks_both_ways(text: Any) -> bool:
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return True
     return text.model_type in _ASKED_WHETHER_DECODER and not getattr(text, "is_decoder", False)
+
+
+def base_fingerprint(model: PeftModel, sampled: bool = False) -> str:
+    """ "sha256:" and the digest over name, shape, dtype and every value of the base parameters.
+
+    Takes no account of the adapters, nor of where the model is. Costs about a second a GB.
+
+    Args:
+        sampled: Only of 64 evenly spaced values of each parameter, and without "sha256:", as earlier versions wrote.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        # PEFT renames what it wraps, and which layers it wraps is no matter of the base.
+        plain = name.replace(".base_layer.", ".")
+        digest.update(f"{plain} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        flat = parameter.detach().flatten()
+        values = [flat[:: max(1, flat.numel() // 64)][:64] if sampled else flat]
+        if not sampled and getattr(parameter, "quant_state", None) is not None:
+            values += scales(parameter)
+        for tensor in values:
+            digest.update(tensor.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest() if sampled else f"sha256:{digest.hexdigest()}"

@@ -6,7 +6,6 @@ May import ``adapters``, ``recipe``, ``model_kind``, ``quantized``, ``tasks`` an
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import re
 from collections import Counter
@@ -399,22 +398,6 @@ def add_adapter(base: Any, recipe: Recipe) -> PeftModel:
     except Exception as error:
         # What LoraConfig does not check itself fails in many ways.
         raise ConfigError(f"adapter: {type(error).__name__}: {' '.join(str(error).split())}") from error
-
-
-def base_fingerprint(model: PeftModel) -> str:
-    """SHA-256 over name, shape, dtype and up to 64 evenly spaced values of every base parameter: the same base, the
-    same text. Reads a few kB of a model of any size; takes no account of the adapters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            continue
-        flat = parameter.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 64)][:64].cpu()
-        # PEFT renames what it wraps, and which layers it wraps is no matter of the base.
-        plain = name.replace(".base_layer.", ".")
-        digest.update(f"{plain} {tuple(parameter.shape)} {parameter.dtype} ".encode())
-        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def resolve_name(model: ModelSection) -> str:

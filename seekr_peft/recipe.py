@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import SeekrConfig, unknown_key
 from .errors import ConfigError
+from .files import write_text
 from .library_settings import Setting, lora_settings, training_choices, training_settings
 from .method_names import ADAPTER_MODES, method_names
 from .plain_lora import adapter_in_base, why_refused
@@ -36,9 +37,6 @@ _SET_BY_THE_RUN = {
     "eval_strategy": "the evaluation section",
     "eval_on_start": "the evaluation section",
     "load_best_model_at_end": "the evaluation section",
-    "save_strategy": "--resume, for which the run keeps every finished task,",
-    "save_steps": "--resume, for which the run keeps every finished task,",
-    "save_total_limit": "--resume, for which the run keeps every finished task,",
     "push_to_hub": "seekr-peft export",
 }
 _CHECKPOINTING_OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
@@ -225,11 +223,14 @@ def general_tests(recipe: Recipe) -> list["GeneralTest"]:
     return find_general_tests(recipe.evaluation.general, recipe.evaluation.general_path, recipe.tasks.path)[0]
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML; a reader sees the whole file or none."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, recipe_text(recipe))
 
 
 def stored_recipe(path: Path) -> Recipe:

@@ -2,13 +2,14 @@
 
 A task is *trained* once ``method.json`` lists it (adapter and memory are on disk by then) and *finished* once
 ``state.json`` counts it (evaluated as well). Both files are replaced atomically, so a kill at any moment loses at most
-the task in progress.
+what was done since the last checkpoint inside the task in progress (``training.save_strategy``), or that task.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -29,28 +30,34 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.logging import RichHandler
 from safetensors import SafetensorError
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from .checkpoint import checkpoints_in, latest_checkpoint
 from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, read_costs, seconds_into
 from .devices import check_one_device
 from .errors import ConfigError, RunError, RunInUseError, SeekrError
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room, warn_of_unreachable
+from .files import write_text
+from .manifest import MANIFEST_FILE, Ledger, StoredFiles, read_manifest
+from .manifest import METHOD_FILE as METHOD_STATE_FILE
 from .methods import ContinualMethod, get_method
-from .methods.base import STATE_FILE as METHOD_STATE_FILE
-from .methods.base import read_method_state, write_json
-from .modeling import base_fingerprint, load_model
+from .methods.base import delete_unfinished, read_method_state
+from .model_kind import base_fingerprint
+from .modeling import load_model
 from .progress import RunProgress, StepReporter, describe_terms
-from .recipe import DEMO, Recipe, general_tests, load_recipe, save_recipe, stored_recipe
+from .recipe import DEMO, Recipe, general_tests, load_recipe, recipe_text, stored_recipe
 from .report import read_run, write_report
 from .stages import Stage, joined, plan_stages
+from .stopping import RunStopped, StopRequest, listening
 from .tasks import Task, read_tasks
-from .trainer import ContinualTrainer
+from .trainer import ContinualTrainer, forget_preparation
 
 logger = logging.getLogger("seekr_peft")
 
 TASKS_FILE = "tasks.json"
 GENERAL_FILE = "general.json"
+PREDICTIONS = "predictions"
 RECIPE_FILE, STATE_FILE, METRICS_FILE, ENVIRONMENT_FILE = (
     "recipe.yaml",
     "state.json",
@@ -64,8 +71,10 @@ _RENAMED = {
 _PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
-_PARTIAL_RECIPE = f".{RECIPE_FILE}.partial"
-_BEFORE_TRAINING = {_PARTIAL_RECIPE, RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE, GENERAL_FILE}
+CHECKPOINTS = "checkpoints"
+"""Of the task in progress: ``checkpoints/NN-name/checkpoint-STEP``."""
+
+_BEFORE_TRAINING = {RECIPE_FILE, ENVIRONMENT_FILE, TASKS_FILE, METRICS_FILE, GENERAL_FILE, MANIFEST_FILE, CHECKPOINTS}
 """All that a run has written when its first task begins."""
 
 
@@ -92,7 +101,7 @@ def run_recipe(
     Args:
         source: A recipe file, mapping or ``Recipe``.
         overrides: ``section.key=value`` strings.
-        resume: Go on after the last finished task of the run directory; "auto": if there is one.
+        resume: Go on from the last checkpoint or finished task of the run directory; "auto": if there is one.
         console: Where to report; a plain ``Console()`` on stderr by default.
         report: Whether to write the page; ``seekr-peft report`` can do so later.
 
@@ -101,50 +110,65 @@ def run_recipe(
             several GPUs are visible.
         DivergenceError: A task's loss or gradient became no finite number; the tasks before it are kept.
         RunError: The run directory is in use, not empty, of another recipe, or there is nothing to resume; or the disk
-            is full.
+            is full; or a file of it is not what was written.
+        RunStopped: SIGINT or SIGTERM came; a training has ended at its next step with a checkpoint.
     """
     check_one_device()
-    recipe = load_recipe(source, overrides)
-    directory = Path(recipe.output_dir)
-    if resume != "auto":
-        _check_directory(directory, recipe, resume)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"output_dir {directory} cannot be made ({error.strerror}); choose another folder.") from error
-    with (
-        _telling_a_full_disk(directory),
-        _locked(directory),
-        RunProgress(console or Console(stderr=True)) as progress,
-        _logging_to(progress.console),
-    ):
-        if resume == "auto":
-            path = directory / RECIPE_FILE
-            trained = (directory / METHOD_STATE_FILE).is_file()
-            resume = trained or (path.is_file() and not recipe_difference(path, recipe))
-        _check_directory(directory, recipe, resume)
-        if not resume:
-            save_recipe(recipe, directory / RECIPE_FILE)
-            # Of a run that ended before its first task, perhaps with another model.
-            (directory / GENERAL_FILE).unlink(missing_ok=True)
-        matrix = _Run(recipe, directory, progress).execute()
-        page = write_report(directory) if report else None
-        _summarise(directory, matrix, page, progress)
+    with listening() as stop:
+        recipe = load_recipe(source, overrides)
+        directory = Path(recipe.output_dir)
+        if resume != "auto":
+            _check_directory(directory, recipe, resume)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"output_dir {directory} cannot be made ({error.strerror}); choose another folder."
+            ) from error
+        with (
+            _saying_how_to_go_on(directory),
+            _telling_a_full_disk(directory),
+            _locked(directory),
+            RunProgress(console or Console(stderr=True)) as progress,
+            _logging_to(progress.console),
+        ):
+            if resume == "auto":
+                path = directory / RECIPE_FILE
+                resume = _has_trained(directory) or (path.is_file() and not recipe_difference(path, recipe))
+            _check_directory(directory, recipe, resume)
+            ledger = Ledger(directory)
+            if not resume:
+                # Of a run that ended before its first task, perhaps with another model.
+                for name in _BEFORE_TRAINING - {CHECKPOINTS}:
+                    (directory / name).unlink(missing_ok=True)
+                _drop_checkpoints(directory / CHECKPOINTS, None)
+            else:
+                StoredFiles(directory).check_all()
+                ledger.settle()
+            if not (directory / RECIPE_FILE).is_file():
+                ledger.write_text(RECIPE_FILE, recipe_text(recipe))
+            matrix = _Run(recipe, directory, progress, stop).execute()
+            ledger.settle()
+            page = write_report(directory) if report else None
+            _summarise(directory, matrix, page, progress)
     return RunResult(directory, matrix, page)
 
 
 class _Run:
     """The state of one call of ``run_recipe``."""
 
-    def __init__(self, recipe: Recipe, directory: Path, progress: RunProgress) -> None:
+    def __init__(self, recipe: Recipe, directory: Path, progress: RunProgress, stop: StopRequest) -> None:
         self.recipe = recipe
         self.directory = directory
+        self.ledger = Ledger(directory)
         self.progress = progress
+        self.stop = stop
         self.started = time.monotonic()
         environment = _read_json(directory / ENVIRONMENT_FILE)
         self.seconds_before: float | None = environment.get("seconds")
         self.base: str | None = environment.get("base")
         self.costs: list[TaskCost] = []
+        self.fingerprints: dict[str, str] = {}
 
     def execute(self) -> AccuracyMatrix:
         if is_finished(self.directory):
@@ -168,9 +192,8 @@ class _Run:
             # Of all the tasks before the first is trained.
             task.check_texts(tokenizer)
             warn_of_unreachable(task, tokenizer, self.recipe.evaluation.max_new_tokens)
+        self.fingerprints = {task.name: task.fingerprint() for task in tasks}
         trained = _trained_tasks(self.directory)
-        self._check_base_and_data(base_fingerprint(model), tasks, trained)
-        self._write_environment(self.seconds_before)
         method = get_method(self.recipe.method_name)(
             model,
             self.recipe.method_config(),
@@ -178,6 +201,8 @@ class _Run:
             adapter_mode=self.recipe.adapter.mode,
             rank_limit=self.recipe.adapter.rank_limit,
         )
+        self._check_base_and_data(model, method.base_fingerprint(), tasks, trained)
+        self._write_environment(self.seconds_before)
         # Before hours of training, not after the first task.
         prompt_room(model, self.recipe.tasks.max_length, self.recipe.evaluation.max_new_tokens)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -193,7 +218,9 @@ class _Run:
         if trained:
             method.restore([stage.name for stage in stages[:trained]])
             self.progress.say(f"resuming after task {stages[trained - 1].name} ({trained} of {len(stages)} trained)")
-        _cut_metrics(self.directory / METRICS_FILE, trained)
+        _drop_checkpoints(self.directory / CHECKPOINTS, trained)
+        going_on = self._checkpoint(method, stages[trained].name) if trained < len(stages) else None
+        _cut_metrics(self.directory / METRICS_FILE, trained, 0 if going_on is None else _step_of(going_on))
         self._read_costs(stages[:trained], method)
         matrix = AccuracyMatrix.load(self.directory) if finished else AccuracyMatrix(names)
         self._write_task_facts(tasks)
@@ -202,36 +229,60 @@ class _Run:
         for index, stage in enumerate(stages):
             if index >= trained:
                 tokenized = [task.tokenized(tokenizer, max_length) for task in stage.trained]
-                self._train(method, stage.name, tokenized, index, f"{index + 1}/{len(stages)} {stage.name}")
+                label = f"{index + 1}/{len(stages)} {stage.name}"
+                with self.stop.at_the_next_step():
+                    self._train(method, stage.name, tokenized, index, label, going_on)
+                going_on = None
             if len(stage.seen) > finished:
                 with seconds_into(self.costs[index], "evaluate_seconds"):
                     self._evaluate(model, tokenizer, stage.seen, max_length, matrix)
                     self._measure_general(model, tokenizer, max_length, after=stage.seen[-1].name)
                 if index + 1 == len(stages):
                     # Before the state says "finished", which promises the adapter.
-                    method.stack.export(self.directory / "adapter")
+                    method.export("adapter")
                 self._write_costs()
                 self._write_environment((self.seconds_before or 0) + time.monotonic() - self.started)
                 self._write_state(names, len(stage.seen))
+        if not is_finished(self.directory):
+            # Everything was trained and evaluated, but the adapter was lost.
+            method.export("adapter")
+            self._write_state(names, len(names))
         return matrix
 
     def _write_environment(self, seconds: float | None) -> None:
         """Versions and machine; ``seconds`` are those of all sessions up to the last finished task."""
         rounded = None if seconds is None else round(seconds, 1)
-        write_json(self.directory / ENVIRONMENT_FILE, {**_environment(), "base": self.base, "seconds": rounded})
+        self.ledger.write_json(ENVIRONMENT_FILE, {**_environment(), "base": self.base, "seconds": rounded})
 
-    def _train(self, method: ContinualMethod, name: str, tasks: list[Task], index: int, label: str) -> None:
+    def _checkpoint(self, method: ContinualMethod, name: str) -> Path | None:
+        """Where the training of task ``name``, the next one, was stopped; None where it begins."""
+        folder = self._checkpoints(len(method.task_names), name)
+        found = latest_checkpoint(folder, {**method.task_made_from(), "task": name})
+        if found is not None:
+            self.progress.say(f"going on with task {name} after step {_step_of(found)}")
+        return found
+
+    def _checkpoints(self, index: int, name: str) -> Path:
+        return self.directory / CHECKPOINTS / f"{index + 1:02d}-{name}"
+
+    def _train(
+        self, method: ContinualMethod, name: str, tasks: list[Task], index: int, label: str, checkpoint: Path | None
+    ) -> None:
         # Each task has its own seed, so a resumed run draws the same numbers as one that was never stopped.
         set_seed(self.recipe.seed + index)
         reporter = StepReporter(self.progress, self.directory / METRICS_FILE, name, index, label)
         meter = StepMeter(method.replay_due, "cuda" if torch.cuda.is_available() else "cpu")
         dataset, arguments = self._training_data(tasks, index)
+        arguments.output_dir = str(self._checkpoints(index, name))
         cost = TaskCost(name)
+        data = {task.name: self.fingerprints[task.name] for task in tasks}
+        method.made_from = {"recipe": recipe_fingerprint(self.recipe), "data": data}
         with seconds_into(cost, "other_seconds"), method.task(name, replay_from=dataset):
-            trainer = _trainer(method, arguments, dataset, [reporter, meter])
+            trainer = _trainer(method, arguments, dataset, [reporter, meter, _StopCallback(self.stop)])
             try:
                 with seconds_into(cost, "train_seconds"):
-                    trainer.train()
+                    trainer.train(resume_from_checkpoint=checkpoint)
+                    self.stop.check()
             except ImportError as error:
                 # A setting that only a training needs a package for.
                 raise ConfigError(f"training: {' '.join(str(error).split())}") from error
@@ -241,7 +292,9 @@ class _Run:
         cost.n_steps, cost.step_seconds, cost.step_peak_bytes = reporter.n_steps, meter.step_seconds, meter.peak
         cost.kept_bytes = kept_bytes(method.task_directory(index, name))
         self.costs.append(cost)
+        self.ledger.note_growing(METRICS_FILE)
         self._write_costs()
+        shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
         n_cut = sum(task.cut or 0 for task in tasks)
         cut = f", {n_cut} prompts shortened" if n_cut else ""
         self.progress.say(
@@ -258,6 +311,7 @@ class _Run:
         epochs = self.recipe.tasks.epochs
         settings: dict[str, Any] = {
             "save_strategy": "no",
+            "save_total_limit": 2,
             "logging_steps": 10,
             "report_to": [],
             "disable_tqdm": True,
@@ -275,7 +329,7 @@ class _Run:
             settings["num_train_epochs"] = epochs[index]
         try:
             return TrainingArguments(
-                output_dir=str(self.directory),
+                output_dir=str(self.directory / CHECKPOINTS),
                 seed=self.recipe.seed + index,
                 use_cpu=not torch.cuda.is_available(),
                 **settings,
@@ -284,27 +338,38 @@ class _Run:
             # Settings that exclude each other, values out of range, packages that are not installed.
             raise ConfigError(f"training: {' '.join(str(error).split())}") from error
 
+    def _training_precision(self) -> Any:
+        """The mixed precision of the training, in which a model is also measured, before the first training too."""
+        arguments = self._training_arguments(0)
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        half = torch.bfloat16 if arguments.bf16 else torch.float16
+        return torch.autocast(kind, half, enabled=arguments.bf16 or (arguments.fp16 and kind == "cuda"))
+
     def _evaluate(self, model: Any, tokenizer: Any, seen: list[Task], max_length: int, matrix: AccuracyMatrix) -> None:
         after = seen[-1].name
-        folder = self.directory / "predictions" / f"{len(seen):02d}-{after}"
+        folder = self.directory / PREDICTIONS / f"{len(seen):02d}-{after}"
         folder.mkdir(parents=True, exist_ok=True)
+        forget_preparation(model)
         bar = self.progress.start(f"evaluating after {after}", len(seen))
         for number, task in enumerate(seen, start=1):
-            evaluation = evaluate_task(
-                model,
-                tokenizer,
-                task,
-                max_new_tokens=self.recipe.evaluation.max_new_tokens,
-                batch_size=self.recipe.evaluation.batch_size,
-                max_length=max_length,
-                check_answers=False,
-            )
+            with self._training_precision():
+                evaluation = evaluate_task(
+                    model,
+                    tokenizer,
+                    task,
+                    max_new_tokens=self.recipe.evaluation.max_new_tokens,
+                    batch_size=self.recipe.evaluation.batch_size,
+                    max_length=max_length,
+                    check_answers=False,
+                )
             matrix.record(after=after, on=task.name, score=evaluation.score)
             lines = [json.dumps(prediction, ensure_ascii=False) for prediction in evaluation.predictions]
-            (folder / f"{number:02d}-{task.name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            name = f"{number:02d}-{task.name}.jsonl"
+            self.ledger.write_text(f"{PREDICTIONS}/{folder.name}/{name}", "\n".join(lines) + "\n")
             self.progress.update(bar, number)
         self.progress.finish(bar)
-        matrix.save(self.directory)
+        for name, text in matrix.files().items():
+            self.ledger.write_text(name, text)
         scores = "  ".join(f"{task.name} {100 * (matrix.score(after=after, on=task.name) or 0):.1f}" for task in seen)
         self.progress.say(f"  after {after}: {scores}")
 
@@ -330,16 +395,17 @@ class _Run:
         bar = self.progress.start("measuring general ability", len(tests))
         for number, test in enumerate(tests, start=1):
             if record["values"][test.name][place] is None:
-                value = test.measure(
-                    model,
-                    tokenizer,
-                    n_questions=section.general_samples,
-                    max_tokens=section.general_tokens,
-                    batch_size=section.batch_size,
-                    max_length=max_length,
-                )
+                with self._training_precision():
+                    value = test.measure(
+                        model,
+                        tokenizer,
+                        n_questions=section.general_samples,
+                        max_tokens=section.general_tokens,
+                        batch_size=section.batch_size,
+                        max_length=max_length,
+                    )
                 record["values"][test.name][place] = value if math.isfinite(value) else None
-                write_json(path, record)
+                self.ledger.write_json(GENERAL_FILE, record)
             self.progress.update(bar, number)
         self.progress.finish(bar)
         values = "  ".join(test.describe(record["values"][test.name][place]) for test in tests)
@@ -353,23 +419,20 @@ class _Run:
                 "n_train": len(task.train),
                 "n_test": len(task.test),
                 "majority_class": constant_answer_score(task),
-                "fingerprint": task.fingerprint(),
+                "fingerprint": self.fingerprints[task.name],
             }
             for task in tasks
         ]
-        write_json(self.directory / TASKS_FILE, facts)
+        self.ledger.write_json(TASKS_FILE, facts)
 
-    def _check_base_and_data(self, base: str, tasks: list[Task], trained: int) -> None:
+    def _check_base_and_data(self, model: Any, base: str, tasks: list[Task], trained: int) -> None:
         """RunError when a resumed run would go on with another base or other samples than it began with."""
-        path = self.directory / TASKS_FILE
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8")) if trained else []
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} is broken ({error}); start the run again in another output_dir.") from error
-        before = {fact["name"]: fact.get("fingerprint") for fact in facts}
-        changed = [f"the data of task {task.name}" for task in tasks if before.get(task.name, "") != task.fingerprint()]
-        changed = changed if trained else []
-        if trained and self.base != base:
+        before = self._fingerprints_before() if trained else {}
+        changed = [
+            f"the data of task {name}" for name, found in self.fingerprints.items() if before.get(name, found) != found
+        ]
+        # Earlier versions looked at a part of the base.
+        if trained and self.base is not None and self.base not in (base, base_fingerprint(model, sampled=True)):
             changed.insert(0, f"the base model {self.recipe.model.name_or_path}")
         if changed:
             raise RunError(
@@ -377,6 +440,17 @@ class _Run:
                 f"back, or start again in another output_dir."
             )
         self.base = base
+
+    def _fingerprints_before(self) -> dict[str, str]:
+        """Those of the tasks' data when the run began: of all, or, where that file was lost, of the trained ones."""
+        path = self.directory / TASKS_FILE
+        if path.is_file():
+            return {fact["name"]: fact["fingerprint"] for fact in _read_facts(path)}
+        folders = [folder for folder, _ in StoredFiles(self.directory).task_folders()]
+        found: dict[str, str] = {}
+        for folder in folders:
+            found |= read_manifest(folder)["made_from"].get("data", {})
+        return found
 
     def _read_costs(self, stages: list[Stage], method: ContinualMethod) -> None:
         """Those of the trained stages; of one that a kill left unwritten the seconds and the peak are lost."""
@@ -389,11 +463,11 @@ class _Run:
             self.costs.append(TaskCost(name, steps, kept_bytes=kept_bytes(method.task_directory(index, name))))
 
     def _write_costs(self) -> None:
-        write_json(self.directory / COSTS_FILE, {"tasks": [cost.to_json() for cost in self.costs]})
+        self.ledger.write_json(COSTS_FILE, {"tasks": [cost.to_json() for cost in self.costs]})
 
     def _write_state(self, names: list[str], finished: int) -> None:
-        write_json(
-            self.directory / STATE_FILE,
+        self.ledger.write_json(
+            STATE_FILE,
             {
                 "finished_tasks": finished,
                 "tasks": names,
@@ -404,12 +478,15 @@ class _Run:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether ``directory`` holds a run that has trained and evaluated all its tasks."""
+    """Whether ``directory`` holds a run that has trained and evaluated all its tasks; RunError where its state is not
+    what was written."""
+    StoredFiles(directory).check(directory / STATE_FILE)
     return _read_json(directory / STATE_FILE).get("status") == "finished"
 
 
 def recipe_difference(path: Path, recipe: Recipe) -> str:
     """The first key in which the recipe stored at ``path`` differs from ``recipe``, with both values; '' for none."""
+    StoredFiles(path.parent).check(path)
     try:
         old, new = stored_recipe(path).to_dict(), recipe.to_dict()
     except ConfigError as error:
@@ -420,7 +497,7 @@ def recipe_difference(path: Path, recipe: Recipe) -> str:
 
 def _summarise(directory: Path, matrix: AccuracyMatrix, report: Path | None, progress: RunProgress) -> None:
     progress.console.print(matrix.to_rich_table())
-    facts = json.loads((directory / TASKS_FILE).read_text(encoding="utf-8"))
+    facts = _read_facts(directory / TASKS_FILE)
     constant = "  ".join(f"{fact['name']} {100 * fact['majority_class']:.1f}" for fact in facts)
     progress.say(f"always the most frequent answer: {constant}")
     progress.say(f"OP {100 * matrix.op():.2f}   {FORMULAS['op']}")
@@ -431,6 +508,63 @@ def _summarise(directory: Path, matrix: AccuracyMatrix, report: Path | None, pro
         progress.say(f"general ability: {curve.words()}")
     page = f"   report: {report}" if report else ""
     progress.say(f"adapter: {directory / 'adapter'}{page}")
+
+
+def _read_facts(path: Path) -> list[dict[str, Any]]:
+    advice = "start the run again in another output_dir"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not all({"name", "fingerprint", "majority_class"} <= set(fact) for fact in facts):
+            raise ValueError("a task lacks its name, fingerprint or majority_class")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError(f"{path} is broken ({error}); {advice}.") from error
+    return list(facts)
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """SHA-256 of all that a recipe says about a run but for where it is written."""
+    settings = {**recipe.to_dict(), "compare": None, "output_dir": None}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+class _StopCallback(TrainerCallback):
+    """Ends a training at its next step, with a checkpoint, once a signal has come."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stop.number is not None:
+            control.should_save = control.should_training_stop = True
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _drop_checkpoints(folder: Path, trained: int | None) -> None:
+    """Delete what is left of tasks that are trained by now, all but those of the ``trained``-th task (from 0)."""
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if trained is None or not path.name.startswith(f"{trained + 1:02d}-"):
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _is_passing(entry: Path) -> bool:
+    """Whether a kill may have left ``entry`` of a file that was being written, or it is the lock."""
+    return entry.name == ".lock" or (entry.name.startswith(".") and entry.name.endswith(".partial"))
+
+
+@contextmanager
+def _saying_how_to_go_on(directory: Path) -> Any:
+    try:
+        yield
+    except RunStopped as stop:
+        path = directory / RECIPE_FILE
+        if path.is_file():
+            stop.go_on_with(f"go on with: seekr-peft run {path} --resume")
+        raise
 
 
 def load_tasks(recipe: Recipe) -> list[Task]:
@@ -475,12 +609,13 @@ def constant_answer_score(task: Task) -> float:
 def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
     """Refuse a directory that holds another run, one that is finished, or that has nothing to resume."""
     path = directory / RECIPE_FILE
-    entries = [entry for entry in directory.iterdir() if entry.name != ".lock"] if directory.is_dir() else []
+    entries = [entry for entry in directory.iterdir() if not _is_passing(entry)] if directory.is_dir() else []
     if directory.exists() and not directory.is_dir():
         raise RunError(f"output_dir {directory} is a file; choose another folder.")
     if not resume:
         names = {entry.name for entry in entries}
-        if names <= {_PARTIAL_RECIPE} or {RECIPE_FILE, ENVIRONMENT_FILE} <= names <= _BEFORE_TRAINING:
+        begun = any(checkpoints_in(folder) for folder in (directory / CHECKPOINTS).glob("*"))
+        if not begun and (names <= {MANIFEST_FILE} or {RECIPE_FILE, MANIFEST_FILE} <= names <= _BEFORE_TRAINING):
             # A run that ended before its first task was trained; anything else may be somebody's own files.
             return
         if path.is_file():
@@ -492,14 +627,26 @@ def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
                 f"{directory} is not empty and holds no run ({entries[0].name} is there); choose another output_dir."
             )
         return
-    if not path.is_file():
+    if not path.is_file() and not _has_trained(directory):
         raise RunError(f"{directory} holds no run to resume (no {RECIPE_FILE}); start it without --resume.")
-    changed = recipe_difference(path, recipe)
+    changed = recipe_difference(path, recipe) if path.is_file() else _recipe_of_tasks_differs(directory, recipe)
     if changed:
         raise RunError(
             f"{directory} was started with another recipe ({changed}); resume with the same recipe, or choose another "
             f"output_dir."
         )
+
+
+def _has_trained(directory: Path) -> bool:
+    return (directory / METHOD_STATE_FILE).is_file()
+
+
+def _recipe_of_tasks_differs(directory: Path, recipe: Recipe) -> str:
+    """Where a run's recipe was lost: whether its tasks were trained with another one than ``recipe``."""
+    for folder, _ in StoredFiles(directory).task_folders():
+        if read_manifest(folder)["made_from"].get("recipe") != recipe_fingerprint(recipe):
+            return f"task {folder.name}, by its manifest; {RECIPE_FILE} is missing"
+    return ""
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str:
@@ -585,7 +732,7 @@ def _trained_tasks(directory: Path) -> int:
                 f"{path} is missing, though {finished} tasks of this run are finished; restore it, or start again in "
                 f"another output_dir."
             )
-        shutil.rmtree(directory / "tasks", ignore_errors=True)
+        delete_unfinished(directory, 0)
         return 0
     return len(read_method_state(directory)["tasks"])
 
@@ -596,17 +743,18 @@ def _last_steps(path: Path) -> dict[int, int]:
     return {record["task_index"]: record["step"] for record in map(json.loads, lines)}
 
 
-def _cut_metrics(path: Path, trained: int) -> None:
-    """Drop the lines of tasks that will be trained again."""
+def _cut_metrics(path: Path, trained: int, step: int) -> None:
+    """Drop the lines of steps that will be trained again: after ``step`` of the ``trained``-th task (from 0)."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         # A kill may have left half a last line.
         with suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["task_index"] < trained:
+            record = json.loads(line)
+            if (record["task_index"], record["step"]) <= (trained, step):
                 kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _trainer(method: ContinualMethod, arguments: TrainingArguments, dataset: Any, callbacks: list[Any]) -> Any:

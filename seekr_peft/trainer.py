@@ -12,18 +12,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
 
+from .checkpoint import (
+    ADAPTER,
+    TRAINER_STATE,
+    check_made_from,
+    check_whole,
+    latest_checkpoint,
+    load_training,
+    random_state,
+    save_training,
+    set_random_state,
+)
 from .devices import check_one_gpu, check_one_process
 from .divergence import Moment
 from .errors import AdapterError, ConfigError, DataError, DivergenceError
+from .files import replacing_folder
 from .forward import input_names, pad_token_id
 from .inputs import CARRIED, check_batch, check_data_set, check_sample
 from .losses import IGNORED
+from .manifest import write_manifest
 from .methods import ContinualMethod
 from .model_kind import embedding_rows
 from .tasks import AnswerCollator
+
+_DECIDES_THE_STEPS = (
+    "max_steps",
+    "num_train_epochs",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+)
+"""Settings that a training goes on with as it began."""
+
+_NOT_LOGGED = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_term_sums", "_term_counts")
+"""Of the Trainer (transformers 5.23) and of the mixin: sums of losses since the last log."""
 
 MOST_SKIPPED_STEPS = 30
 """Under fp16 accelerate's gradient scaler skips a step whose gradient overflowed and halves its scale. After so many
@@ -48,11 +83,15 @@ class ContinualTrainerMixin:
 
     Every loss term is logged apart: ``loss`` (the new task), ``replay_loss``, ``logits_loss``, ``attention_loss``.
 
-    ``load_best_model_at_end`` brings back the task's own adapter as it was at the best checkpoint. A task whose
-    ``replay_from`` was left out gets its replay samples from the training set.
+    ``save_strategy`` keeps checkpoints inside a task, ``output_dir/checkpoint-STEP``, as safetensors and JSON: the
+    task's own adapter, optimizer, scheduler, random numbers and the place in the replay stream. Inside ``method.task``
+    of the same task ``train(resume_from_checkpoint=True)`` goes on from the latest of them and ends bit for bit like a
+    training that was not stopped. ``load_best_model_at_end`` brings back the task's own adapter as it was at the best
+    checkpoint. A task whose ``replay_from`` was left out gets its replay samples from the training set.
 
     Raises:
-        ConfigError: Several processes or GPUs, a ``model_init``, a ``peft_config``.
+        ConfigError: Several processes or GPUs, a ``model_init``, a ``peft_config``, a checkpoint of another task.
+        RunError: A checkpoint is damaged.
         DivergenceError: From ``train``, at the first loss or gradient norm that is infinite or no number.
         AdapterError: Outside of a task, or with another model than the method's.
     """
@@ -83,20 +122,51 @@ class ContinualTrainerMixin:
         self._separate = method.config.replay_step == "separate"
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = {}
+        self._epoch_began: dict[str, Any] = {}
+        """The random numbers' state when the epoch began: the order of its samples is drawn from there."""
+        self._goes_on_from: dict[str, Any] | None = None
         self.add_callback(_ReplayCallback(self))  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As in Trainer; resuming inside a task is refused, since it trains the wrong adapter without an error."""
-        if resume_from_checkpoint:
-            raise ConfigError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} would un-freeze the earlier tasks' adapter and "
-                f"train it instead of the new one; resume a run after its last finished task: "
-                f"seekr-peft run RECIPE --resume."
-            )
+        """As in Trainer.
+
+        Args:
+            resume_from_checkpoint: A checkpoint of the task in progress; True: the latest in ``output_dir``.
+            kwargs: As in Trainer.
+        """
+        checkpoint = self._checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        forget_preparation(self.method.model)
         try:
-            return super().train(**kwargs)  # type: ignore[misc]
+            self._goes_on_from = None if checkpoint is None else load_training(checkpoint)
+            return super().train(None if checkpoint is None else str(checkpoint), **kwargs)  # type: ignore[misc]
         finally:
+            self._goes_on_from = None
             self._leave_the_model_as_it_is_asked()
+
+    def _checkpoint(self, asked: Any) -> Path:
+        """The checkpoint to go on from, which is whole and of this training."""
+        made_from = self._made_from()
+        if asked is not True:
+            check_whole(Path(asked))
+            check_made_from(Path(asked), made_from)
+            return Path(asked)
+        folder = Path(self.args.output_dir)  # type: ignore[attr-defined]
+        found = latest_checkpoint(folder, made_from)
+        if found is None:
+            raise ConfigError(
+                f"resume_from_checkpoint=True, but {folder} has no checkpoint of task {made_from['task']!r}; leave it "
+                f"out to train the task from its beginning."
+            )
+        check_made_from(found, made_from)
+        return found
+
+    def _made_from(self) -> dict[str, Any]:
+        """What a checkpoint of this training belongs to."""
+        settings = {name: getattr(self.args, name) for name in _DECIDES_THE_STEPS}  # type: ignore[attr-defined]
+        settings |= {name: getattr(value, "value", value) for name, value in settings.items()}
+        dataset = self.train_dataset  # type: ignore[attr-defined]
+        settings["samples"] = len(dataset) if hasattr(dataset, "__len__") else None
+        return {**self.method.task_made_from(), "settings": settings}
 
     def _leave_the_model_as_it_is_asked(self) -> None:
         """Without what only a training needs, however it ended."""
@@ -183,11 +253,86 @@ class ContinualTrainerMixin:
             self._moment().check_finite("penalty", penalty)
             self._count({"penalty_loss": penalty.detach()})
 
+    # transformers 5.23 writes and reads checkpoints by the methods from here on. Its own save all adapters but load the
+    # untrained template into the first active one, which may be the frozen sum of the earlier tasks; they keep the
+    # optimizer in a format that runs code when it is read, and write in place.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        state, args = self.state, self.args  # type: ignore[attr-defined]
+        self.store_flos()  # type: ignore[attr-defined]
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{state.global_step}"  # type: ignore[attr-defined]
+        best = folder.with_name(f"checkpoint-{state.best_global_step}")
+        if state.best_global_step and (best == folder or best.is_dir()):
+            state.best_model_checkpoint = str(best)
+        with replacing_folder(folder) as partial:
+            self.method.stack.save_current(partial / ADAPTER)
+            if not args.save_only_model:
+                save_training(partial, self._training_state())
+            self._keep_callback_states()
+            state.save_to_json(str(partial / TRAINER_STATE))
+            write_manifest(partial, str(self.method.current_task), self._made_from())
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))  # type: ignore[attr-defined]
+        rotate_checkpoints(str(folder.parent), args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+
+    def _training_state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler  # type: ignore[attr-defined]
+        return {
+            "optimizer": self.optimizer.state_dict(),  # type: ignore[attr-defined]
+            "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[attr-defined]
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": random_state(),
+            "epoch_began": self._epoch_began,
+            "place": self.method.place(),
+            "not_logged": {name: getattr(self, name) for name in _NOT_LOGGED},
+        }
+
+    def _keep_callback_states(self) -> None:
+        states = self.state.stateful_callbacks  # type: ignore[attr-defined]
+        for name in states:
+            found = [each for each in self._stateful() if type(each).__name__ == name]
+            kept = [each.state() for each in found]
+            states[name] = kept if isinstance(states[name], list) else kept[0]
+
+    def _stateful(self) -> list[Any]:
+        everyone = [*self.callback_handler.callbacks, self.control]  # type: ignore[attr-defined]
+        return [each for each in everyone if isinstance(each, ExportableState)]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        self.method.stack.load_current(Path(resume_from_checkpoint) / ADAPTER)
+
     def _load_best_model(self) -> None:
-        # transformers 5.23: its own loads the checkpoint's template adapter into the first active one, which may be
-        # the frozen sum of the earlier tasks.
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
-        self.method.stack.load_current(Path(best))
+        best = Path(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+        check_whole(best)
+        self.method.stack.load_current(best / ADAPTER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if self._goes_on_from is not None:
+            self.optimizer.load_state_dict(self._goes_on_from["optimizer"])  # type: ignore[attr-defined]
+            self.lr_scheduler.load_state_dict(self._goes_on_from["scheduler"])  # type: ignore[attr-defined]
+
+    def _load_scaler(self, checkpoint: Any) -> None:
+        scaler = self.accelerator.scaler  # type: ignore[attr-defined]
+        if self._goes_on_from is not None and scaler is not None and self._goes_on_from["scaler"] is not None:
+            scaler.load_state_dict(self._goes_on_from["scaler"])
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        if self._goes_on_from is not None:
+            set_random_state(self._goes_on_from["random"])
+
+    def _begin_or_go_on(self) -> None:
+        """Called when the training begins, after the method's plan for it was made."""
+        if self._goes_on_from is not None:
+            self.method.go_to(self._goes_on_from["place"])
+            for name, value in self._goes_on_from["not_logged"].items():
+                setattr(self, name, _on(value, self.args.device))  # type: ignore[attr-defined]
+            # Also where no step is left to be done.
+            set_random_state(self._goes_on_from["random"])
+
+    def _begin_epoch(self) -> None:
+        if self._goes_on_from is not None and not float(self.state.epoch).is_integer():  # type: ignore[attr-defined]
+            set_random_state(self._goes_on_from["epoch_began"])
+        self._epoch_began = random_state()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # transformers 5.23: the only place that has the norm before clipping, at every optimiser step.
@@ -229,6 +374,10 @@ class _ReplayCallback(TrainerCallback):
         method = self._trainer.method
         method.stack.check_optimizer(_plain(self._trainer.optimizer))
         method.start_training(state.max_steps, self._epochs(args, state))
+        self._trainer._begin_or_go_on()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._begin_epoch()
 
     def _epochs(self, args: Any, state: Any) -> float:
         """Passes through the training set, whichever way its length was given."""
@@ -309,6 +458,17 @@ def _own_collator(model: Any, names: frozenset[str]) -> Any:
     return AnswerCollator(pad_token_id(model), n_tokens=embedding_rows(model), input_names=names)
 
 
+def forget_preparation(model: nn.Module) -> None:
+    """Undo accelerate's preparation of ``model`` by an earlier trainer.
+
+    Else accelerate (1.14) passes over a model that is prepared: a trainer with bf16 after one without would train
+    without it, one after the other way round with it, and a process that goes on from a checkpoint otherwise than one
+    that was never stopped.
+    """
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
 def _check_tokenised(dataset: Any) -> None:
     # A stream has no first item to look at.
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) == 0:
@@ -338,3 +498,10 @@ def _check_labelled(dataset: Any) -> None:
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """Tensors, also those in a dict, moved to ``device``."""
+    if isinstance(value, dict):
+        return {name: _on(item, device) for name, item in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -588,21 +588,6 @@ def test_an_empty_optimizer_is_refused() -> None:
         stack.check_optimizer(optimizer)
 
 
-def test_the_trainer_refuses_to_resume_inside_a_task(tmp_path: Path) -> None:
-    from transformers import TrainingArguments
-
-    from seekr_peft.errors import ConfigError
-    from seekr_peft.methods import Sequential
-    from seekr_peft.trainer import ContinualTrainer
-
-    method = Sequential(fresh_peft())
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, save_strategy="no")
-    with pytest.raises(ConfigError, match="resume_from_checkpoint='x' would un-freeze"), method.task("a"):
-        trainer = ContinualTrainer(model=method.model, method=method, args=arguments, train_dataset=make_dataset(2))
-        trainer.train(resume_from_checkpoint="x")
-    assert method.task_names == []
-
-
 # Files ----------------------------------------------------------------------------------------------------------
 
 

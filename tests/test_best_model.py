@@ -11,7 +11,7 @@ from test_trainer import NEW, OLD, adapted, arguments, copied
 from torch import Tensor
 
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig, Sequential
-from seekr_peft.errors import AdapterError, ConfigError
+from seekr_peft.errors import AdapterError, ConfigError, RunError
 
 
 def with_checkpoints(folder: Path, **changes: Any) -> Any:
@@ -131,9 +131,9 @@ def test_a_best_checkpoint_that_is_gone_is_an_error_and_not_the_last_step(tmp_pa
     import shutil
 
     method = Sequential(adapted(), directory=tmp_path / "method")
-    with pytest.raises(AdapterError, match="is missing"), method.task("first"):
+    with pytest.raises(RunError, match=r"checkpoint-2/adapter/.* is missing"), method.task("first"):
         trainer, _ = rigged(method, with_checkpoints(tmp_path / "out"), NEW, 2)
-        trainer.log = lambda *a, **k: shutil.rmtree(tmp_path / "out" / "checkpoint-2" / "task_01", ignore_errors=True)
+        trainer.log = lambda *a, **k: shutil.rmtree(tmp_path / "out" / "checkpoint-2" / "adapter", ignore_errors=True)
         trainer.train()
     assert method.task_names == []
 

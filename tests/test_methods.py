@@ -116,6 +116,8 @@ def test_two_tasks_from_end_to_end(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "tasks").iterdir()) == ["01-first", "02-second"]
     assert sorted(path.name for path in (tmp_path / "tasks" / "01-first").iterdir()) == [
         "adapter",
+        "importance.safetensors",
+        "manifest.json",
         "memory.json",
         "memory.safetensors",
     ]

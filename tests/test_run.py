@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import io
-import json
 import signal
 import subprocess
 import sys
@@ -23,12 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_run import TASKS, read_json, read_lines, small_recipe
 
+import seekr_peft.methods.base as base_module
 import seekr_peft.run as run_module
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig, run_recipe
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import ConfigError, DataError, RunError
+from seekr_peft.manifest import Ledger
 from seekr_peft.memory import storage
-from seekr_peft.modeling import base_fingerprint, load_model
+from seekr_peft.model_kind import base_fingerprint
+from seekr_peft.modeling import load_model
 from seekr_peft.recipe import load_recipe
 
 TERMS = ("replay_loss", "logits_loss", "attention_loss")
@@ -69,11 +71,13 @@ def test_the_directory_holds_every_file_of_its_format(finished: Path) -> None:
         "report.html",
         "method.json",
         "tasks.json",
+        "manifest.json",
         ".lock",
     }
     expected |= {f"adapter/{name}" for name in adapter}
     expected |= {f"tasks/{folder}/adapter/{name}" for folder in folders for name in adapter}
     expected |= {f"tasks/{folder}/memory.{ending}" for folder in folders for ending in ("json", "safetensors")}
+    expected |= {f"tasks/{folder}/{name}" for folder in folders for name in ("manifest.json", "importance.safetensors")}
     expected |= {
         f"predictions/{after}/{on}.jsonl" for place, after in enumerate(folders) for on in folders[: place + 1]
     }
@@ -195,7 +199,7 @@ def test_the_console_tells_each_tasks_steps_terms_and_scores(tmp_path: Path, no_
 def assert_same_result(one: Path, other: Path) -> None:
     """Bitwise: adapters, importance, memories and matrix; and the same metrics."""
     files = [path.relative_to(one) for path in sorted(one.rglob("*.safetensors"))]
-    assert len(files) == 8
+    assert len(files) == 11
     assert files == [path.relative_to(other) for path in sorted(other.rglob("*.safetensors"))]
     for file in files:
         ours, theirs = load_file(one / file), load_file(other / file)
@@ -271,14 +275,14 @@ def test_a_full_disk_is_told_in_a_sentence_and_costs_the_task_in_progress(
 ) -> None:
     recipe = small_recipe(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patched:
-        original = storage.save_file
+        original = storage.save_tensors
 
         def full(tensors: dict[str, Any], path: Path) -> None:
             if "02-last" in str(path):
                 raise FULL_DISK
             original(tensors, path)
 
-        patched.setattr(storage, "save_file", full)
+        patched.setattr(storage, "save_tensors", full)
         with pytest.raises(RunError, match=r"run cannot be written, the disk is full .*; make room and go on"):
             run(recipe)
     assert read_json(tmp_path / "run" / "state.json")["finished_tasks"] == 1
@@ -366,7 +370,7 @@ def test_the_seconds_of_a_resumed_run_add_up(tmp_path: Path, no_report: None) ->
     path = tmp_path / "run" / "environment.json"
     first = read_json(path)
     assert first["seconds"] > 0
-    path.write_text(path.read_text().replace(f'"seconds": {first["seconds"]}', '"seconds": 5000.0'))
+    Ledger(path.parent).write_json(path.name, {**first, "seconds": 5000.0})
     run(recipe, resume=True)
     assert read_json(path)["seconds"] > 5000
 
@@ -475,7 +479,7 @@ def test_a_broken_state_file_is_named(tmp_path: Path, finished: Path) -> None:
 
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "state.json").write_text("{")
-    with pytest.raises(RunError, match=r"state\.json is broken"):
+    with pytest.raises(RunError, match=r"state\.json is not what was written .* seekr-peft repair .*run\.$"):
         run(small_recipe(tmp_path / "run"), resume=True)
 
 
@@ -607,11 +611,12 @@ def test_runs_of_the_same_base_and_data_have_the_same_fingerprints(finished: Pat
 def test_what_a_kill_left_of_the_costs_is_counted_again(tmp_path: Path, no_report: None) -> None:
     run(small_recipe(tmp_path / "run", n_tasks=2))
     whole = read_json(tmp_path / "run" / "costs.json")["tasks"]
-    for name in ("state.json", "accuracy_matrix.json"):
+    ledger = Ledger(tmp_path / "run")
+    ledger.forget(gone := ["state.json", "accuracy_matrix.json", "costs.json"])
+    for name in gone:
         (tmp_path / "run" / name).unlink()
     method = read_json(tmp_path / "run" / "method.json")
-    (tmp_path / "run" / "method.json").write_text(json.dumps({**method, "tasks": method["tasks"][:1]}))
-    (tmp_path / "run" / "costs.json").unlink()
+    ledger.write_json("method.json", {**method, "tasks": method["tasks"][:1], "manifests": method["manifests"][:1]})
     run(small_recipe(tmp_path / "run", n_tasks=2), resume=True)
     again = read_json(tmp_path / "run" / "costs.json")["tasks"]
     for key in ("name", "n_steps", "kept_bytes"):
@@ -639,7 +644,7 @@ def test_a_run_does_not_go_on_with_another_base_or_other_data(
     recipe = stopped_after_one_task(tmp_path / "run", monkeypatch)
     assert read_json(tmp_path / "run" / "environment.json")["base"]
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "base_fingerprint", lambda model: "another")
+        patch.setattr(base_module, "base_fingerprint", lambda model: "another")
         with pytest.raises(RunError, match="cannot go on: the base model demo changed since it began"):
             run(recipe, resume=True)
     tasks = run_module.load_tasks(load_recipe(recipe))
@@ -650,7 +655,7 @@ def test_a_run_does_not_go_on_with_another_base_or_other_data(
             run(recipe, resume=True)
     whole = (tmp_path / "run" / "tasks.json").read_text()
     (tmp_path / "run" / "tasks.json").write_text(whole[:20])
-    with pytest.raises(RunError, match=r"tasks\.json is broken"):
+    with pytest.raises(RunError, match=r"tasks\.json is not what was written"):
         run(recipe, resume=True)
     (tmp_path / "run" / "tasks.json").write_text(whole)
     assert run(recipe, resume=True).matrix.op() >= 0
@@ -659,6 +664,9 @@ def test_a_run_does_not_go_on_with_another_base_or_other_data(
 def test_a_run_without_its_state_is_not_scored_anew(tmp_path: Path, no_report: None) -> None:
     run(small_recipe(tmp_path / "run", n_tasks=2))
     (tmp_path / "run" / "state.json").unlink()
+    with pytest.raises(RunError, match=r"state\.json is missing"):
+        run(small_recipe(tmp_path / "run", n_tasks=2), resume=True)
+    Ledger(tmp_path / "run").forget(["state.json"])
     with pytest.raises(RunError, match="has 2 trained tasks of which 0 are evaluated"):
         run(small_recipe(tmp_path / "run", n_tasks=2), resume=True)
 
@@ -668,19 +676,25 @@ def test_finished_tasks_are_never_thrown_away(tmp_path: Path, no_report: None) -
     recipe, path = small_recipe(tmp_path / "run", n_tasks=2), tmp_path / "run" / "method.json"
     run(recipe)
     state = read_json(tmp_path / "run" / "state.json")
-    (tmp_path / "run" / "state.json").write_text(json.dumps({**state, "status": "running"}))
-    whole = path.read_text()
+    ledger = Ledger(tmp_path / "run")
+    ledger.write_json("state.json", {**state, "status": "running"})
+    method = read_json(path)
     path.unlink()
+    for resume in (True, "auto"):
+        with pytest.raises(RunError, match=r"method\.json is missing; put that file back"):
+            run(recipe, resume=resume)
+    # As earlier versions left it, which listed no file.
+    (tmp_path / "run" / "manifest.json").unlink()
     for resume in (True, "auto"):
         with pytest.raises(RunError, match=r"method\.json is missing, though 2 tasks of this run are finished"):
             run(recipe, resume=resume)
     assert len(list((tmp_path / "run" / "tasks").iterdir())) == 2
-    for broken in ("{}", "[]", '{"tasks": 2}'):
+    for broken in ("{}", '{"tasks": 2}'):
         path.write_text(broken)
         with pytest.raises(RunError, match=r"method\.json is broken \(it lists no tasks\)"):
             run(recipe, resume=True)
-    path.write_text(whole)
-    (tmp_path / "run" / "state.json").write_text(json.dumps({**state, "status": "running", "finished_tasks": "x"}))
+    ledger.write_json("method.json", method)
+    ledger.write_json("state.json", {**state, "status": "running", "finished_tasks": "x"})
     with pytest.raises(RunError, match=r"state\.json is broken \(finished_tasks is 'x'\)"):
         run(recipe, resume=True)
 

@@ -442,14 +442,6 @@ def test_reentrant_checkpointing_is_refused_since_its_attention_has_no_gradient(
 # What is refused, and defaults ------------------------------------------------------------------------------------
 
 
-def test_resuming_inside_a_task_is_refused(tmp_path: Path, after_one_task: Any) -> None:
-    method = after_one_task()
-    with method.task("new", replay_from=NEW):
-        trainer = ContinualTrainer(model=method.model, method=method, args=arguments(tmp_path), train_dataset=NEW)
-        with pytest.raises(ConfigError, match=r"resume_from_checkpoint='x' would un-freeze .* --resume"):
-            trainer.train(resume_from_checkpoint="x")
-
-
 def test_a_trainer_outside_of_a_task_is_refused(tmp_path: Path, after_one_task: Any) -> None:
     method = after_one_task()
     with pytest.raises(AdapterError, match="outside of a task"):

@@ -22,6 +22,7 @@ from ..errors import DivergenceError, RunError, RunInUseError, SeekrError
 from ..recipe import Recipe
 from ..report import write_comparison_page
 from ..run import RECIPE_FILE, is_finished, recipe_difference, run_recipe
+from ..stopping import RunStopped, listening
 from .checks import FinishedRun, check_comparable
 from .plan import Job, Plan, Variant, plan_comparison
 from .results import TABLE_FILE, Comparison, read_comparison, write_comparison_files
@@ -69,6 +70,17 @@ def compare(
             run.
         RunError: Runs are not comparable, or one of them cannot go on.
     """
+    with listening():
+        try:
+            return _compare(source, overrides, console, run, methods=methods, seeds=seeds, orders=orders)
+        except RunStopped as stop:
+            stop.go_on_with("the same command goes on")
+            raise
+
+
+def _compare(
+    source: Any, overrides: Sequence[str], console: Console | None, run: bool, *, methods: Any, seeds: Any, orders: Any
+) -> Comparison:
     if run:
         check_one_device()
     plan = plan_comparison(source, overrides, methods=methods, seeds=seeds, orders=orders)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..costs import read_costs
 from ..errors import RunError
+from ..manifest import StoredFiles
 from ..run import ENVIRONMENT_FILE, TASKS_FILE
 from .plan import Variant
 
@@ -82,8 +83,10 @@ def _names(what: str, variant: Variant) -> bool:
 
 
 def _facts(directory: Path) -> dict[str, Any]:
+    headers = sorted(directory.glob("tasks/*/memory.json"))
+    StoredFiles(directory).check(directory / TASKS_FILE, directory / ENVIRONMENT_FILE, *headers)
     tasks, environment = _read(directory / TASKS_FILE), _read(directory / ENVIRONMENT_FILE)
-    memories = [_read(path) for path in sorted(directory.glob("tasks/*/memory.json"))]
+    memories = [_read(path) for path in headers]
     return {
         "base model": environment.get("base"),
         "data": {task["name"]: task.get("fingerprint") for task in tasks},

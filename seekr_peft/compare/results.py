@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..costs import read_costs
+from ..costs import COSTS_FILE, read_costs
 from ..evaluation import FORMULAS, AccuracyMatrix
+from ..evaluation.matrix import JSON_NAME
+from ..manifest import StoredFiles
 from ..methods import get_method
 from ..run import is_finished
 from .answer import answer
@@ -226,6 +228,7 @@ def write_comparison_files(comparison: Comparison, directory: Path) -> None:
 
 
 def _run_figures(job: Job, root: Path) -> RunFigures:
+    StoredFiles(job.directory).check(job.directory / JSON_NAME, job.directory / COSTS_FILE)
     matrix = AccuracyMatrix.load(job.directory)
     figures = matrix.to_dict()
     own = [matrix.score(after=name, on=name) for name in matrix.task_names]

@@ -1,7 +1,7 @@
 """The accuracy matrix of a task sequence, and what is read off it: OP, BWT, forgetting, FWT.
 
-a[i, j] is the score of task i after training task j. Imports `seekr_peft.errors` and the names of
-`tasks.samples`, and neither torch nor transformers; rich inside a function.
+a[i, j] is the score of task i after training task j. Imports `seekr_peft.errors`, `files` and the
+names of `tasks.samples`, and neither torch nor transformers; rich inside a function.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seekr_peft.errors import DataError
+from seekr_peft.files import write_text
 from seekr_peft.tasks.samples import read_text, suggestion
 
 if TYPE_CHECKING:
@@ -181,9 +181,13 @@ class AccuracyMatrix:
         """Write accuracy_matrix.json and accuracy_matrix.csv; each is replaced as a whole."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        for name, text in self.files().items():
+            write_text(directory / name, text)
+
+    def files(self) -> dict[str, str]:
+        """The texts of accuracy_matrix.json and accuracy_matrix.csv, by name."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        _replace_file(directory / JSON_NAME, text + "\n")
-        _replace_file(directory / CSV_NAME, self._csv())
+        return {JSON_NAME: text + "\n", CSV_NAME: self._csv()}
 
     @classmethod
     def load(cls, directory: str | Path) -> AccuracyMatrix:
@@ -294,13 +298,3 @@ def _checked_score(score: Any, what: str) -> float:
 
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
-
-
-def _replace_file(path: Path, text: str) -> None:
-    """Write beside the file and move over it, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

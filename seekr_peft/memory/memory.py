@@ -6,6 +6,7 @@ May import ``storage``, ``batch``, ``codec``, ``samples``, ``losses`` and ``erro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -61,10 +62,20 @@ class ReplayMemory:
         )
 
     def stream(
-        self, batch_size: int, seed: int, pad_token_id: int = 0, where: Callable[[], torch.device] | None = None
+        self,
+        batch_size: int,
+        seed: int,
+        pad_token_id: int = 0,
+        where: Callable[[], torch.device] | None = None,
+        start: int = 0,
     ) -> Iterator[ReplayBatch]:
         """Batches without end; the last of a pass may be filled from the next pass. Nothing when empty. ``where`` says
-        on which device a batch is to be (by default the CPU), and is asked when it is drawn."""
+        on which device a batch is to be (by default the CPU), and is asked when it is drawn. The first ``start``
+        batches are passed over without being read."""
+        for places in islice(self._order(batch_size, seed), start, None):
+            yield self.batch(places, pad_token_id, where() if where else None)
+
+    def _order(self, batch_size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
         places = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
         if not places:
             return
@@ -75,5 +86,5 @@ class ReplayMemory:
             while len(queue) < size:
                 order = torch.randperm(len(places), generator=generator).tolist()
                 queue.extend(places[i] for i in order)
-            yield self.batch(queue[:size], pad_token_id, where() if where else None)
+            yield queue[:size]
             queue = queue[size:]

@@ -10,7 +10,8 @@ Format 3. All samples of a task are concatenated, with offsets (n_samples + 1,) 
     rows.values          (entries,)                    rows.value_offsets    8-bit log-probabilities, or floats
     logits.*             the same six, a row for each answer token (answer_offsets); gaps int16
 
-``codec`` says how a row is coded. May import ``samples``, ``codec``, ``heads``, ``attention``, ``losses``, ``errors``.
+``codec`` says how a row is coded. May import ``samples``, ``codec``, ``heads``, ``attention``, ``losses``, ``files``
+and ``errors``.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attention.rows import TeacherRows
 from ..errors import MemoryFormatError
+from ..files import save_tensors, write_json
 from ..heads import HeadSelection
 from ..losses import TeacherDistributions, answer_positions
 from .codec import PackedRows, SparseRows, StorageDtype, longest_gap, mass_bytes, pack, unpack, value_bytes
@@ -212,7 +213,7 @@ class TaskMemory:
         tensors = _join_samples(samples)
         tensors |= _join_packed("rows", [signal.rows for signal in signals if signal.rows is not None])
         tensors |= _join_packed("logits", [signal.logits for signal in signals if signal.logits is not None])
-        save_file(tensors, directory / WEIGHTS_FILE)
+        save_tensors(tensors, directory / WEIGHTS_FILE)
         teacher = {"loss": None, "answer_entropy": None, "worth_imitating": None}
         if quality is not None:
             teacher = dict(vars(quality))
@@ -225,7 +226,7 @@ class TaskMemory:
             "selection": selection.to_json() if selection else None,
             **(header or {}),
         }
-        (directory / HEADER_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / HEADER_FILE, document)
         return cls(directory)
 
     def _check_contents(self, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -25,13 +24,26 @@ from ..devices import check_one_process
 from ..divergence import Moment, check_adapter
 from ..effect import probe_tokens, unchanged_outputs
 from ..errors import ConfigError, RunError
+from ..files import checksum, partial_path, read_object, replacing_folder
 from ..losses import ReplayTerms
-from ..model_kind import check_model
+from ..manifest import (
+    MANIFEST_FILE,
+    TASKS_DIRECTORY,
+    Ledger,
+    StoredFiles,
+    files_in,
+    folder_damages,
+    read_manifest,
+    task_folder,
+    task_number,
+    write_manifest,
+)
+from ..manifest import METHOD_FILE as STATE_FILE
+from ..model_kind import base_fingerprint, check_model
 from .own_loop import GivenGradient, StepCounter
 
 logger = logging.getLogger("seekr_peft")
 
-STATE_FILE = "method.json"
 ADOPTED_DIRECTORY = "adopted_adapter"
 """Where a trained adapter is kept that the model carried before the first task."""
 
@@ -97,7 +109,13 @@ class ContinualMethod:
         self.directory = Path(directory or tempfile.mkdtemp(prefix="seekr-peft-"))
         if directory is None:
             weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        self.ledger = Ledger(self.directory)
         self.task_names: list[str] = []
+        self.manifest_sums: list[str] = []
+        """Checksums of the finished tasks' manifests."""
+        self.made_from: dict[str, Any] = {}
+        """What else than the base and the earlier tasks the next task's manifest says that it was made from."""
+        self._base: str | None = None
         self.current_task: str | None = None
         self.awaits_samples = False
         """Whether the open task still has to be told its training samples; see ``draw_from``."""
@@ -133,6 +151,14 @@ class ContinualMethod:
         """The next replay batch's loss; ``backward`` must run inside the block (checkpointing recomputes there)."""
         raise NotImplementedError(f"method {self.name!r} has no replay")
         yield
+
+    def place(self) -> dict[str, Any]:
+        """Where in the current task's own random choices the training is, for a checkpoint: plain values."""
+        return {"replayed": self._n_replayed}
+
+    def go_to(self, place: dict[str, Any]) -> None:
+        """Go on at what ``place`` said; called when the training has been started again."""
+        self._n_replayed = place["replayed"]
 
     def penalty(self) -> Tensor | None:
         """A term on the adapter's parameters for every optimiser step, already weighted; None for none. Under gradient
@@ -237,7 +263,7 @@ class ContinualMethod:
 
     def task_directory(self, index: int, name: str) -> Path:
         """``tasks/NN-name`` of the ``index``-th task (from 0)."""
-        return self.directory / "tasks" / f"{index + 1:02d}-{name}"
+        return task_folder(self.directory, index, name)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write everything that ``from_pretrained`` needs, and ``adapter/``, the consolidated plain PEFT adapter.
@@ -246,7 +272,8 @@ class ContinualMethod:
             RunError: ``directory`` holds another sequence of tasks.
         """
         target = Path(directory)
-        if (target / STATE_FILE).is_file() and target.resolve() != self.directory.resolve():
+        elsewhere = target.resolve() != self.directory.resolve()
+        if (target / STATE_FILE).is_file() and elsewhere:
             there = read_method_state(target)["tasks"]
             if there != self.task_names[: len(there)]:
                 raise RunError(
@@ -254,17 +281,50 @@ class ContinualMethod:
                     f"delete it."
                 )
         target.mkdir(parents=True, exist_ok=True)
-        if target.resolve() != self.directory.resolve():
-            shutil.copytree(self.directory, target, dirs_exist_ok=True)
-        self._write_state(target)
-        self.stack.export(target / "adapter")
+        ledger = Ledger(target)
+        if elsewhere:
+            self._copy_to(ledger)
+        self._write_state(ledger)
+        self.export("adapter", ledger)
+        ledger.settle()
+
+    def export(self, name: str, ledger: Ledger | None = None) -> None:
+        """Write the consolidated adapter (all finished tasks) as a plain PEFT adapter into folder ``name`` of the
+        method's directory, or of another one's ``ledger``."""
+        ledger = ledger or self.ledger
+        folder = ledger.directory / name
+        written = partial_path(folder)
+        shutil.rmtree(written, ignore_errors=True)
+        self.stack.export(written)
+        files = files_in(written)
+        ledger.announce({f"{name}/{file}": checksum(written / file) for file in files})
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            os.replace(written / file, folder / file)
+        written.rmdir()
+
+    def _copy_to(self, ledger: Ledger) -> None:
+        """Copy what the method has written into another directory; a kill in between leaves that one whole."""
+        for index, name in enumerate(self.task_names):
+            source, target = self.task_directory(index, name), task_folder(ledger.directory, index, name)
+            if next(folder_damages(target, self.manifest_sums[index]), None) is not None:
+                with replacing_folder(target) as temporary:
+                    shutil.copytree(source, temporary, dirs_exist_ok=True)
+        for name in files_in(self.directory):
+            parts = Path(name).parts
+            if parts[0] in (TASKS_DIRECTORY, STATE_FILE, MANIFEST_FILE) or any(part[0] == "." for part in parts):
+                continue
+            (ledger.directory / name).parent.mkdir(parents=True, exist_ok=True)
+            with ledger.replacing(name) as temporary:
+                shutil.copyfile(self.directory / name, temporary)
 
     @classmethod
     def from_pretrained(cls, model: PeftModel, directory: str | Path) -> Any:
         """Go on from ``save_pretrained``, on a fresh PeftModel over the same base; later tasks are written there too.
 
         Raises:
-            RunError: The directory is missing, incomplete, or of another method.
+            RunError: The directory is missing, incomplete, of another method, trained over another base, or a file
+                of it is not what was written.
         """
         state = read_method_state(Path(directory))
         if state["method"] != cls.name:
@@ -282,20 +342,66 @@ class ContinualMethod:
         return method
 
     def restore(self, names: list[str]) -> None:
-        """Rebuild adapters and memory after the finished tasks ``names`` from ``directory``; later ones are deleted."""
+        """Rebuild adapters and memory after the finished tasks ``names`` from ``directory``. What a kill left of the
+        task after them is deleted.
+
+        Raises:
+            RunError: A file is not what was written, or the tasks were trained over another base.
+        """
         directories = [self.task_directory(i, name) for i, name in enumerate(names)]
-        kept = {path.name for path in directories}
-        for path in self._found_directories():
-            if path.name not in kept:
-                shutil.rmtree(path)
         adopted = self.directory / ADOPTED_DIRECTORY
+        self._check_stored(directories, adopted)
+        delete_unfinished(self.directory, len(names))
         self.stack.restore([path / "adapter" for path in directories], adopted if adopted.is_dir() else None)
         self.task_names = list(names)
         self.after_restore(directories)
+        # Last, since others can say more exactly what does not fit.
+        self._check_base(directories)
 
-    def _found_directories(self) -> list[Path]:
-        tasks = self.directory / "tasks"
-        return sorted(path for path in tasks.iterdir() if path.is_dir()) if tasks.is_dir() else []
+    def base_fingerprint(self) -> str:
+        """What the model's base is known by in the manifests; see ``model_kind.base_fingerprint``."""
+        if self._base is None:
+            self._base = base_fingerprint(self.model)
+        return self._base
+
+    def _check_stored(self, directories: list[Path], adopted: Path) -> None:
+        stored = StoredFiles(self.directory)
+        stored.check(*(adopted / name for name in (files_in(adopted) if adopted.is_dir() else [])))
+        folders = stored.task_folders()[: len(directories)]
+        if not folders:
+            # An earlier version wrote them; what is there now is what is checked from here on.
+            for folder in directories:
+                self._write_manifest(folder, folder.name.partition("-")[2])
+            return
+        names = [folder.name for folder, _ in folders]
+        if names != [folder.name for folder in directories]:
+            wanted = ", ".join(folder.name for folder in directories)
+            raise RunError(f"{stored.directory} holds the tasks {', '.join(names)}, not {wanted}; give its own tasks.")
+        for folder, manifest_sum in folders:
+            for damage in folder_damages(folder, manifest_sum):
+                raise damage.error(self.directory)
+            self.manifest_sums.append(manifest_sum)
+
+    def _check_base(self, directories: list[Path]) -> None:
+        for folder in directories:
+            if read_manifest(folder)["made_from"].get("base") != self.base_fingerprint():
+                raise RunError(
+                    f"{folder} was trained over another base model than this one (or in another dtype or "
+                    f"quantization); load the one that it was trained over."
+                )
+
+    def task_made_from(self) -> dict[str, Any]:
+        """What the task in progress is made from: its name, the base, the earlier tasks."""
+        return {
+            "task": self.current_task,
+            "base": self.base_fingerprint(),
+            **self.made_from,
+            "earlier": list(self.manifest_sums),
+        }
+
+    def _write_manifest(self, folder: Path, name: str) -> None:
+        write_manifest(folder, name, {**self.task_made_from(), "task": name, "method": self._description()})
+        self.manifest_sums.append(checksum(folder / MANIFEST_FILE))
 
     def _finish(self, name: str) -> None:
         check_adapter(self.stack.parameters(), name)
@@ -313,18 +419,20 @@ class ContinualMethod:
                 name,
             )
         target = self.task_directory(len(self.task_names), name)
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.mkdir(parents=True)
-        self.after_training(partial)
-        self.stack.save_current(partial / "adapter")
-        if self.stack.adopted and not self.task_names:
-            self.stack.export(self.directory / ADOPTED_DIRECTORY)
-        # What may still fail comes before the task counts as finished, so that it can be dropped as a whole.
-        rows = probe_tokens(self._training_set, self._vocabulary())
-        consolidation = self.stack.finish(unchanged_outputs(self.model, rows, f"task {name!r}"))
-        os.replace(partial, target)
+        with replacing_folder(target) as partial:
+            self.after_training(partial)
+            self.stack.save_current(partial / "adapter")
+            if self.stack.adopted and not self.task_names:
+                self.export(ADOPTED_DIRECTORY)
+            made_before = list(self.manifest_sums)
+            self._write_manifest(partial, name)
+            # What may still fail comes before the task counts as finished, so that it can be dropped as a whole.
+            rows = probe_tokens(self._training_set, self._vocabulary())
+            try:
+                consolidation = self.stack.finish(unchanged_outputs(self.model, rows, f"task {name!r}"))
+            except BaseException:
+                self.manifest_sums = made_before
+                raise
         self.task_names.append(name)
         self.after_saving(target)
         if consolidation and consolidation.discarded_energy > 0:
@@ -336,7 +444,7 @@ class ContinualMethod:
                 consolidation.discarded_energy,
                 consolidation.worst_module_energy,
             )
-        self._write_state(self.directory)
+        self._write_state(self.ledger)
 
     def _vocabulary(self) -> int:
         return int(base_transformer(self.model).get_input_embeddings().num_embeddings)
@@ -344,17 +452,19 @@ class ContinualMethod:
     def after_saving(self, directory: Path) -> None:
         """Called when the task's directory is in its final place."""
 
-    def _write_state(self, directory: Path) -> None:
-        write_json(
-            directory / STATE_FILE,
-            {
-                "method": self.name,
-                "config": self.config.to_dict(),
-                "adapter_mode": self.stack.mode,
-                "rank_limit": self.stack.rank_limit,
-                "tasks": self.task_names,
-            },
+    def _write_state(self, ledger: Ledger) -> None:
+        ledger.write_json(
+            STATE_FILE, {**self._description(), "tasks": self.task_names, "manifests": self.manifest_sums}
         )
+
+    def _description(self) -> dict[str, Any]:
+        """What ``from_pretrained`` makes a method like this one from."""
+        return {
+            "method": self.name,
+            "config": self.config.to_dict(),
+            "adapter_mode": self.stack.mode,
+            "rank_limit": self.stack.rank_limit,
+        }
 
     def _require_samples(self) -> None:
         """ConfigError when the task trains without having been told its samples."""
@@ -377,20 +487,19 @@ class ContinualMethod:
             raise RunError(f"task {self.current_task!r} is still open; tasks cannot be nested.")
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def delete_unfinished(directory: Path, n_tasks: int) -> None:
+    """Delete what a kill between a task's own folder and the list of the ``n_tasks`` finished ones has left."""
+    tasks = directory / TASKS_DIRECTORY
+    for path in sorted(tasks.iterdir()) if tasks.is_dir() else []:
+        if task_number(path.name.removeprefix(".")) == n_tasks + 1 and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def read_method_state(directory: Path) -> dict[str, Any]:
-    """Read ``method.json``; RunError when it is missing or broken."""
+    """Read ``method.json``; RunError when it is missing, broken, or not what was written."""
     path = directory / STATE_FILE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); save_pretrained writes it.") from error
-    if not isinstance(state, dict) or not isinstance(state.get("tasks"), list):
+    StoredFiles(directory).check(path)
+    state = read_object(path, "save_pretrained writes it")
+    if not isinstance(state.get("tasks"), list):
         raise RunError(f"{path} is broken (it lists no tasks); restore it, or start again in another directory.")
     return state

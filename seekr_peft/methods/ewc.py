@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import MemoryFormatError
+from ..files import save_tensors
 from ..forward import answer_logits, evaluation_mode, input_names, model_device
 from ..losses import label_loss
 from ..memory import ReplaySample, choose_samples
@@ -74,7 +75,7 @@ class Ewc(ContinualMethod):
         fisher = _scaled_to_mean_one(fisher)
         tensors = {f"fisher.{path}": value.cpu().contiguous() for path, value in fisher.items()}
         tensors |= {f"value.{path}": value.detach().cpu().contiguous() for path, value in parameters.items()}
-        save_file(tensors, directory / FISHER_FILE)
+        save_tensors(tensors, directory / FISHER_FILE)
 
     def after_saving(self, directory: Path) -> None:
         self._tasks.append(self._read(directory))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -35,13 +36,18 @@ class Lwf(ContinualMethod):
     def __init__(self, model: Any, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
         self.rhythm = Rhythm.never()
+        self._samples: list[ReplaySample] = []
         self._stream: Iterator[ReplayBatch] = iter(())
 
     def before_training(self, replay_from: Any) -> None:
         """Every sample of the task may be drawn."""
         if self._has_teacher():
-            samples = choose_samples(replay_from, 1.0, 1, self.config.seed, input_names=input_names(self.model))
-            self._stream = self._batches(samples, self.config.seed + len(self.task_names))
+            self._samples = choose_samples(replay_from, 1.0, 1, self.config.seed, input_names=input_names(self.model))
+            self._stream = self._batches()
+
+    def go_to(self, place: dict[str, Any]) -> None:
+        super().go_to(place)
+        self._stream = islice(self._batches(), self._n_replayed, None)
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
         self.rhythm = Rhythm.every(self.config.replay_every or 1) if self._has_teacher() else Rhythm.never()
@@ -51,6 +57,7 @@ class Lwf(ContinualMethod):
 
     @contextmanager
     def replay_terms(self, model: nn.Module) -> Iterator[ReplayTerms]:
+        self._n_replayed += 1
         batch = next(self._stream).to(model_device(self.model))
         inputs = (batch.input_ids, batch.attention_mask, batch.labels)
         # Dropout off for the teacher alone: it is one fixed model.
@@ -64,9 +71,10 @@ class Lwf(ContinualMethod):
         """Whether there is anything to keep: an earlier task, or an adapter that the model brought along."""
         return bool(self.task_names) or self.stack.adopted
 
-    def _batches(self, samples: list[ReplaySample], seed: int) -> Iterator[ReplayBatch]:
+    def _batches(self) -> Iterator[ReplayBatch]:
         """Batches without end in a seeded order, reshuffled each pass."""
-        generator = torch.Generator().manual_seed(seed)
+        samples = self._samples
+        generator = torch.Generator().manual_seed(self.config.seed + len(self.task_names))
         size = min(self.config.replay_batch_size, len(samples))
         nothing = TeacherSignals({}, None)
         while True:

@@ -57,9 +57,19 @@ class Replay(ContinualMethod):
             input_names(self.model),
         )
         check_token_ids(self._samples, self.model)
+        self._stream = self._batches()
+
+    def go_to(self, place: dict[str, Any]) -> None:
+        super().go_to(place)
+        self._stream = self._batches()
+
+    def _batches(self) -> Iterator[ReplayBatch]:
+        """The earlier tasks' samples in this task's order, from the place that it has come to."""
+        seed = self.config.seed + len(self.task_names)
         # Asked for each batch: a Trainer moves the model after the task began.
         where = partial(model_device, self.model)
-        self._stream = self.memory.stream(self.config.replay_batch_size, seed, pad_token_id(self.model), where)
+        size, pad = self.config.replay_batch_size, pad_token_id(self.model)
+        return self.memory.stream(size, seed, pad, where, self._n_replayed)
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
         """Plan when replay batches fall due."""

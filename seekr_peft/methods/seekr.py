@@ -19,9 +19,11 @@ from ..attention.call import AttentionCall
 from ..attention.support import attention_modules, base_transformer, check_capture, uses_reentrant_checkpointing
 from ..config import SeekrConfig
 from ..errors import CaptureError, MemoryFormatError
+from ..files import save_tensors
 from ..forward import answer_logits
 from ..heads import HeadSelection, ImportanceRecord
 from ..losses import ReplayTerms, combine, label_loss, logits_kl
+from ..manifest import StoredFiles
 from ..memory import PackedSignals, ReplayBatch, TaskMemory, TeacherQuality, estimate_bytes
 from ..scoring import score_heads, teach
 from .base import logger
@@ -91,7 +93,12 @@ class Seekr(Replay):
             len(self._samples),
             estimate / 1e6,
         )
-        selection = self._score_and_select() if config.attention_distillation else HeadSelection({})
+        selection = HeadSelection({})
+        if config.attention_distillation:
+            record, selection = self._pending = self._score_and_select()
+            # float64: a resumed run must select the very same heads.
+            own = {"forgettability": record.forgettability[-1], "sensitivity": record.sensitivity[-1]}
+            save_tensors({name: scores.clone() for name, scores in own.items()}, directory / IMPORTANCE_FILE)
         signals, loss, entropy = teach(
             self.model,
             self._samples,
@@ -146,7 +153,11 @@ class Seekr(Replay):
                 )
         self.selections = [task.selection for task in self.memory.tasks]
         if self.config.attention_distillation and directories:
-            self._load_importance([path.name for path in directories])
+            StoredFiles(self.directory).check(self.directory / IMPORTANCE_FILE)
+            for directory in directories:
+                self._load_importance(directory)
+            if not (self.directory / IMPORTANCE_FILE).exists():
+                self._save_importance()
 
     def estimated_bytes(self) -> int:
         """Bytes that the current task's memory will take, before anything is computed."""
@@ -177,7 +188,9 @@ class Seekr(Replay):
                 self.config.lambda2,
             )
 
-    def _score_and_select(self) -> HeadSelection:
+    def _score_and_select(self) -> tuple[ImportanceRecord, HeadSelection]:
+        """The record with this task's scores, and the heads; taken over only once the task is on disk: a failure before
+        that leaves the earlier tasks' record as it was."""
         config = self.config
         scores = score_heads(self.stack, self._samples, config.norm, config.sensitivity_queries == "all")
         record = self.importance.extended(scores.forgettability, scores.sensitivity)
@@ -189,8 +202,7 @@ class Seekr(Replay):
                 "attention or on a layer below it.",
                 self.current_task,
             )
-            self._pending = (record, HeadSelection({}))
-            return self._pending[1]
+            return record, HeadSelection({})
         selection = record.select(
             config.head_choice,
             config.layer_budget,
@@ -200,9 +212,7 @@ class Seekr(Replay):
             seed=config.seed + len(self.task_names),
             layers=moved,
         )
-        # Taken over only once the task is on disk: a failure before that leaves the earlier tasks' record as it was.
-        self._pending = (record, selection)
-        return selection
+        return record, selection
 
     def _model_identity(self) -> dict[str, int | str]:
         config = base_transformer(self.model).config.get_text_config()
@@ -225,21 +235,21 @@ class Seekr(Replay):
         for name, change, gradient, selection in zip(
             names, record.forgettability, record.sensitivity, self.selections, strict=True
         ):
-            # float64: a resumed run must select the very same heads.
             tensors[f"forgettability.{name}"] = change.clone()
             tensors[f"sensitivity.{name}"] = gradient.clone()
             tensors[f"selected.{name}"] = selection.mask(*shape)
-        temporary = self.directory / f".{IMPORTANCE_FILE}.partial"
-        save_file(tensors, temporary)
-        temporary.replace(self.directory / IMPORTANCE_FILE)
+        with self.ledger.replacing(IMPORTANCE_FILE) as temporary:
+            save_file(tensors, temporary)
 
-    def _load_importance(self, names: list[str]) -> None:
-        path = self.directory / IMPORTANCE_FILE
+    def _load_importance(self, directory: Path) -> None:
+        path, suffix = directory / IMPORTANCE_FILE, ""
+        if not path.is_file():
+            # An earlier version kept the scores of all tasks in one file alone.
+            path, suffix = self.directory / IMPORTANCE_FILE, f".{directory.name}"
         try:
             with safe_open(path, framework="pt") as file:
-                for name in names:
-                    self.importance.forgettability.append(file.get_tensor(f"forgettability.{name}"))
-                    self.importance.sensitivity.append(file.get_tensor(f"sensitivity.{name}"))
+                self.importance.forgettability.append(file.get_tensor(f"forgettability{suffix}"))
+                self.importance.sensitivity.append(file.get_tensor(f"sensitivity{suffix}"))
         except Exception as error:
             raise MemoryFormatError(
                 f"{path} cannot be read ({error}); the run directory is incomplete, start it again without --resume."

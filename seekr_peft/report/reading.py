@@ -2,7 +2,8 @@
 
 Only state.json and (once a task is finished) accuracy_matrix.json must be there. Whatever else is
 missing is `None` or empty in the record, so that a run of any method, stopped at any point, can be
-shown. Imports only errors.py.
+shown; but a file that the run's manifests list must be what was written. Imports errors.py and
+manifest.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import yaml
 
 from seekr_peft.errors import RunError
+from seekr_peft.manifest import StoredFiles
 
 LOSS_TERMS = {
     "loss": "task loss",
@@ -26,6 +28,17 @@ LOSS_TERMS = {
     "attention_loss": "attention KL",
     "penalty_loss": "penalty",
 }
+
+
+_READ = (
+    "state.json",
+    "environment.json",
+    "accuracy_matrix.json",
+    "recipe.yaml",
+    "importance.safetensors",
+    "metrics.jsonl",
+    "general.json",
+)
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,8 @@ def read_run(run_directory: str | Path) -> RunRecord:
         raise RunError(
             f"{directory} is not a run directory, it has no state.json: give the output_dir of a `seekr-peft run`"
         )
+    headers = [folder / "memory.json" for folder in sorted((directory / "tasks").glob("*")) if folder.is_dir()]
+    StoredFiles(directory).check(*(directory / name for name in _READ), *headers)
     tasks, n_finished, status = _read_state(directory / "state.json")
     environment = _read_object(directory / "environment.json", required=False)
     seconds = environment.get("seconds")
@@ -215,6 +230,7 @@ def read_predictions(run: RunRecord, after: int, on: int) -> list[dict[str, Any]
     """
     for folder in _numbered(run.directory / "predictions", len(run.tasks)).get(after, []):
         for path in _numbered(folder, len(run.tasks)).get(on, []):
+            StoredFiles(run.directory).check(path)
             return _read_lines(path)
     return []
 
