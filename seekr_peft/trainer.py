@@ -320,6 +320,14 @@ class ContinualTrainerMixin:
         if self._goes_on_from is not None:
             set_random_state(self._goes_on_from["random"])
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers 5.23 looks whether a training is at its end after each step alone, so one that goes on from its
+        # last step would be trained for one more.
+        if self.state.global_step >= self.state.max_steps:  # type: ignore[attr-defined]
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def _begin_or_go_on(self) -> None:
         """Called when the training begins, after the method's plan for it was made."""
         if self._goes_on_from is not None:

@@ -21,7 +21,7 @@ import seekr_peft.method_names as names_module
 import seekr_peft.run as run_module
 from seekr_peft import run_recipe
 from seekr_peft.config import SeekrConfig
-from seekr_peft.errors import ConfigError, MemoryFormatError
+from seekr_peft.errors import ConfigError, RunError
 from seekr_peft.forward import answer_logits
 from seekr_peft.losses import label_loss, softened_kl
 from seekr_peft.memory import choose_samples
@@ -132,7 +132,7 @@ def test_ewc_is_restored_with_its_fisher_information(tmp_path: Path) -> None:
     for mine, other in zip(again._tasks[0], method._tasks[0], strict=True):
         assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
     (tmp_path / "tasks" / "01-first" / "fisher.safetensors").write_bytes(b"broken")
-    with pytest.raises(MemoryFormatError, match=r"fisher\.safetensors cannot be read"):
+    with pytest.raises(RunError, match=r"fisher\.safetensors is not what was written"):
         Ewc.from_pretrained(fresh_peft(), tmp_path)
 
 
