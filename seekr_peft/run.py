@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import platform
+import re
 import shutil
 import sys
 import time
@@ -127,7 +128,7 @@ def run_recipe(
             ) from error
         with (
             _saying_how_to_go_on(directory),
-            _telling_a_full_disk(directory),
+            _telling_what_failed(directory),
             _locked(directory),
             RunProgress(console or Console(stderr=True)) as progress,
             _logging_to(progress.console),
@@ -677,18 +678,24 @@ def _locked(directory: Path) -> Any:
 
 
 @contextmanager
-def _telling_a_full_disk(directory: Path) -> Any:
-    """A sentence in place of the traceback of whatever could not be written."""
+def _telling_what_failed(directory: Path) -> Any:
+    """A sentence in place of the traceback of whatever could not be read or written in ``directory``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors says it in words alone.
-        full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "(os error 28)" in str(error)
-        if not full:
+        number = getattr(error, "errno", None)
+        if number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or re.search(r"\(os error (28|27|122)\)", str(error)):
+            raise RunError(
+                f"{directory} cannot be written, the disk is full ({error}); make room and go on with --resume "
+                f"(resume=True): the tasks that are trained are kept."
+            ) from error
+        place = getattr(error, "filename", None)
+        if place is None or not Path(place).absolute().is_relative_to(directory.absolute()):
             raise
+        reason = getattr(error, "strerror", None) or error
         raise RunError(
-            f"{directory} cannot be written, the disk is full ({error}); make room and go on with --resume "
-            f"(resume=True): the tasks that are trained are kept."
+            f"{place} cannot be read or written ({reason}); mend that, and go on with --resume (resume=True)."
         ) from error
 
 

@@ -618,3 +618,34 @@ def test_a_memory_on_disk_gives_the_same_batch_as_its_samples(tmp_path: Path) ->
     assert torch.equal(batch.input_ids, expected.input_ids) and (batch.input_ids == 9).any()
     for layer in SELECTION:
         assert torch.equal(batch.layers[layer].weights, expected.layers[layer].weights)
+
+
+# Numbers that are none of ours ------------------------------------------------------------------------------------
+
+
+TAMPERED = {
+    "token ids out of the vocabulary": ("input_ids", 3, 512),
+    "negative token ids": ("input_ids", 0, -1),
+    "labels out of the vocabulary": ("labels", -1, 512),
+    "queries out of the sample": ("queries", 0, 30000),
+    "keys out of the sample": ("rows.gaps", 0, 250),
+    "shares above 1": ("rows.remaining", 0, 7.0),
+    "no number": ("rows.remaining", 0, float("nan")),
+    "answers out of the vocabulary": ("logits.gaps", 0, 30000),
+}
+
+
+@pytest.mark.parametrize("what", list(TAMPERED))
+def test_numbers_out_of_bounds_are_refused_by_sample(what: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name, place, value = TAMPERED[what]
+    memory, _, _ = write(tmp_path)
+    memory.check_values(VOCABULARY)
+    path = tmp_path / "memory.safetensors"
+    tensors = load_file(path)
+    tensors[name][place] = value
+    del memory
+    save_file(tensors, path)
+    with pytest.raises(MemoryFormatError, match=r"memory\.safetensors is damaged \(.* of sample \d+\)"):
+        TaskMemory(tmp_path).check_values(VOCABULARY)

@@ -301,7 +301,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_costs_the_task_in_progress(
     ids=str,
 )
 def test_only_a_full_disk_is_told_as_one(error: Exception, told: bool) -> None:
-    with pytest.raises(RunError if told else type(error)) as caught, run_module._telling_a_full_disk(Path("runs/a")):
+    with pytest.raises(RunError if told else type(error)) as caught, run_module._telling_what_failed(Path("runs/a")):
         raise error
     assert ("runs/a cannot be written, the disk is full" in str(caught.value)) == told
 
@@ -697,6 +697,41 @@ def test_finished_tasks_are_never_thrown_away(tmp_path: Path, no_report: None) -
     ledger.write_json("state.json", {**state, "status": "running", "finished_tasks": "x"})
     with pytest.raises(RunError, match=r"state\.json is broken \(finished_tasks is 'x'\)"):
         run(recipe, resume=True)
+
+
+@pytest.mark.parametrize("name", ["tasks/02-last", "tasks"])
+def test_a_link_where_a_task_is_to_be_written_is_refused_before_it_is_trained(
+    name: str, tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stopped_after_one_task(tmp_path / "run", monkeypatch)
+    path = tmp_path / "run" / name
+    (tmp_path / "elsewhere").mkdir()
+    if path.exists():
+        path.rename(tmp_path / "kept")
+        path.symlink_to(tmp_path / "kept")
+    else:
+        path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=rf"{name} is in the way \(a link or a file\)"):
+        run(recipe, resume=True)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    path.unlink()
+    if (tmp_path / "kept").exists():
+        (tmp_path / "kept").rename(path)
+    (tmp_path / "run" / "tasks" / "notes").symlink_to(tmp_path / "nowhere")
+    assert run(recipe, resume=True).matrix.op() >= 0
+    assert (tmp_path / "run" / "tasks" / "notes").is_symlink(), "what is none of the run's is left alone"
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = run_module.StepReporter.on_log
+
+    def blocked(self: Any, *args: Any, **kwargs: Any) -> None:
+        self._metrics.mkdir()
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(run_module.StepReporter, "on_log", blocked)
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be read or written \(Is a directory\)"):
+        run(small_recipe(tmp_path / "run", n_tasks=1))
 
 
 def test_lines_of_the_metrics_that_are_no_record_are_dropped(

@@ -1,6 +1,6 @@
 """``ReplayMemory``: the memories of all finished tasks and the endless, seeded order in which they are replayed.
 
-May import ``storage``, ``batch``, ``codec``, ``samples``, ``losses`` and ``errors``.
+May import ``storage``, ``batch``, ``codec``, ``samples``, ``losses``, ``manifest`` and ``errors``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from ..errors import MemoryFormatError
 from ..losses import TeacherDistributions
+from ..manifest import MANIFEST_FILE, folder_damages
 from .batch import ReplayBatch, collate_flat
 from .codec import unpack
-from .storage import TaskMemory
+from .storage import HEADER_FILE, WEIGHTS_FILE, TaskMemory
 
 
 class ReplayMemory:
@@ -29,8 +31,17 @@ class ReplayMemory:
 
     @classmethod
     def open(cls, directories: list[Path]) -> ReplayMemory:
-        """Open the task directories of a run; MemoryFormatError when one cannot be read."""
-        return cls([TaskMemory(directory) for directory in directories])
+        """Open the task directories of a run; MemoryFormatError when one cannot be read, or is not what was written."""
+        memory = cls([TaskMemory(directory) for directory in directories])
+        for task in memory.tasks:
+            if not (task.directory / MANIFEST_FILE).exists():
+                # Of an earlier version, which kept no checksums.
+                task.check_values()
+                continue
+            for name in (WEIGHTS_FILE, HEADER_FILE):
+                for damage in folder_damages(task.directory, only=name):
+                    raise MemoryFormatError(f"{damage}; run that task again.")
+        return memory
 
     def __len__(self) -> int:
         return sum(len(task) for task in self.tasks)

@@ -32,7 +32,7 @@ from ..attention.rows import TeacherRows
 from ..errors import MemoryFormatError
 from ..files import save_tensors, write_json
 from ..heads import HeadSelection
-from ..losses import TeacherDistributions, answer_positions
+from ..losses import IGNORED, TeacherDistributions, answer_positions
 from .codec import PackedRows, SparseRows, StorageDtype, longest_gap, mass_bytes, pack, unpack, value_bytes
 from .samples import ReplaySample
 
@@ -193,6 +193,42 @@ class TaskMemory:
             logits = self._packed("logits", self._span("answer_offsets", index), index)
         return PackedSignals(rows, logits)
 
+    def check_values(self, vocabulary: int | None = None) -> None:
+        """Look at every number: tokens within ``vocabulary`` (None: unknown), queries and keys within their sample,
+        shares of 1. Decodes all of the memory.
+
+        Raises:
+            MemoryFormatError: Names the sample.
+        """
+        for index in range(self.n_samples):
+            problem = self._problem(index, vocabulary or torch.iinfo(torch.int64).max)
+            if problem:
+                raise MemoryFormatError(
+                    f"{self.directory / WEIGHTS_FILE} is damaged ({problem} of sample {index}); run that task again."
+                )
+
+    def _problem(self, index: int, vocabulary: int) -> str:
+        """What is wrong with a sample; "" for nothing."""
+        sample = self.sample(index)
+        length, ids, labels, queries = len(sample.input_ids), sample.input_ids, sample.labels, sample.queries
+        if bool(((ids < 0) | (ids >= vocabulary)).any()):
+            return "token ids out of the vocabulary"
+        if bool(((labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))).any()):
+            return "labels out of the vocabulary"
+        if bool(((queries < 0) | (queries >= length)).any()) or bool((queries.diff() <= 0).any()):
+            return "queries out of the sample or out of order"
+        try:
+            packed = self.packed(index)
+            rows = None if packed.rows is None else unpack(packed.rows)
+            logits = None if packed.logits is None else unpack(packed.logits)
+        except (RuntimeError, IndexError, ValueError) as error:
+            return f"rows that do not decode, {' '.join(str(error).split())[:100]},"
+        if rows is not None and not _are_shares(rows, queries.repeat(self.selection.n_heads)):
+            return "attention rows that are none"
+        if logits is not None and not _are_shares(logits, torch.full((len(logits.remaining),), vocabulary - 1)):
+            return "answer distributions that are none"
+        return ""
+
     @classmethod
     def write(
         cls,
@@ -318,6 +354,13 @@ def _join_packed(kind: str, parts: list[PackedRows]) -> dict[str, Tensor]:
         f"{kind}.gap_offsets": _offsets(len(part.gaps) for part in parts),
         f"{kind}.value_offsets": _offsets(len(part.values) for part in parts),
     }
+
+
+def _are_shares(rows: SparseRows, last: Tensor) -> bool:
+    """Whether each row has indices up to ``last`` and shares of 1."""
+    fits = bool((rows.indices <= last[:, None]).all()) and bool((rows.indices >= 0).all())
+    shares = torch.cat([rows.probabilities, rows.remaining[:, None]], dim=-1)
+    return fits and bool(((shares >= 0) & (shares <= 1.01)).all())
 
 
 def join_layers(rows: dict[int, TeacherRows], selection: HeadSelection) -> SparseRows:

@@ -113,6 +113,8 @@ class ContinualMethod:
         self.task_names: list[str] = []
         self.manifest_sums: list[str] = []
         """Checksums of the finished tasks' manifests."""
+        self.was_listed = True
+        """Whether what was restored had manifests, so that it is what was written."""
         self.made_from: dict[str, Any] = {}
         """What else than the base and the earlier tasks the next task's manifest says that it was made from."""
         self._base: str | None = None
@@ -185,6 +187,7 @@ class ContinualMethod:
         if optimizer_steps is not None and optimizer_steps < 1:
             raise ConfigError(f"task {name!r}: optimizer_steps must be at least 1, or None, got {optimizer_steps!r}.")
         check_one_process()
+        self._check_place(name)
         self.stack.begin()
         self.current_task = name
         self._n_replayed = 0
@@ -370,6 +373,7 @@ class ContinualMethod:
         folders = stored.task_folders()[: len(directories)]
         if not folders:
             # An earlier version wrote them; what is there now is what is checked from here on.
+            self.was_listed = not directories
             for folder in directories:
                 self._write_manifest(folder, folder.name.partition("-")[2])
             return
@@ -474,6 +478,13 @@ class ContinualMethod:
                 f"task {self.current_task!r}: method {self.name!r} {what}, so pass replay_from=<tokenised training "
                 f"set> to task(), or train with ContinualTrainer, which hands its own over."
             )
+
+    def _check_place(self, name: str) -> None:
+        """RunError, before anything is trained, where the task's folder cannot be written inside of the directory."""
+        target = self.task_directory(len(self.task_names), name)
+        for path in (target.parent, target):
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise RunError(f"{path} is in the way (a link or a file); move it away, the task is written there.")
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -15,7 +15,7 @@ from ..forward import answer_logits, input_names, model_device, pad_token_id
 from ..losses import ReplayTerms, combine, label_loss
 from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples, estimate_bytes
 from ..memory.samples import SELECTORS, SampleSelector
-from ..model_kind import check_token_ids
+from ..model_kind import check_token_ids, embedding_rows
 from .base import ContinualMethod
 from .rhythm import Rhythm, plan_rhythm
 
@@ -101,7 +101,9 @@ class Replay(ContinualMethod):
         self.memory.add(TaskMemory(directory))
 
     def after_restore(self, directories: list[Path]) -> None:
-        self.memory = ReplayMemory.open(directories)
+        self.memory = ReplayMemory([TaskMemory(directory) for directory in directories])
+        for task in self.memory.tasks if not self.was_listed else []:
+            task.check_values(embedding_rows(self.model))
 
     def estimated_bytes(self) -> int:
         """Bytes that the current task's memory will take, before anything is computed."""
