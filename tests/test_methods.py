@@ -775,3 +775,11 @@ def test_a_large_lambda2_over_eight_bit_rows_is_told(
 ) -> None:
     make_method(lambda2=lambda2, storage_dtype=dtype, attention_distillation=on)
     assert ("set storage_dtype to float16" in caplog.text) == warned
+
+
+def test_a_new_method_does_not_write_over_an_older_ones_tasks(tmp_path: Path) -> None:
+    do_task(make_method(directory=tmp_path), "first", FIRST)
+    again = make_method(directory=tmp_path)
+    with pytest.raises(RunError, match=r"holds the tasks first already, .* go on with Seekr\.from_pretrained"):
+        do_task(again, "second", SECOND)
+    assert Seekr.from_pretrained(fresh_peft(), tmp_path).task_names == ["first"]

@@ -294,3 +294,41 @@ def test_a_task_that_is_tokenised_already_is_trained_as_it_is(
         assert rows_of(trainer.train_dataset) == own
         trainer.train()
     assert all(row in own for row in stored(method))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package catches it."""
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stopped_sft_training_goes_on_bit_for_bit(
+    packing: bool, tmp_path: Path, tasks: list[Task], tokenizer: Any
+) -> None:
+    def trainer(method: Any, out: Path, stop_after: int | None = None) -> Any:
+        saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "packing": packing}
+        made = sft(method, tasks[1], tokenizer, out, logging_steps=4, **saving)
+        step = made.training_step
+
+        def stopping(*given: Any, **more: Any) -> Any:
+            if made.state.global_step == stop_after:
+                raise Killed
+            return step(*given, **more)
+
+        made.training_step = stopping
+        return made
+
+    results = []
+    for out, stop in (("whole", None), ("stopped", 5)):
+        torch.manual_seed(0)
+        method = make_method(demo_model(), tmp_path / out)
+        remember(method, tasks[0])
+        if stop is not None:
+            with pytest.raises(Killed), method.task("second"):
+                trainer(method, tmp_path / f"{out}-second", stop).train()
+            method = Seekr.from_pretrained(demo_model(), tmp_path / out)
+        with method.task("second"):
+            trained = trainer(method, tmp_path / f"{out}-second")
+            trained.train(resume_from_checkpoint=stop is not None)
+        results.append({path.relative_to(tmp_path / out): path.read_bytes() for path in (tmp_path / out).rglob("*.*")})
+    assert len(results[0]) > 10 and results[0].keys() == results[1].keys()
+    assert [name for name in results[0] if results[0][name] != results[1][name]] == []

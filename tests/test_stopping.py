@@ -247,3 +247,22 @@ def test_outside_of_the_main_thread_nothing_is_changed(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert failed == []
+
+
+def test_a_demo_or_a_comparison_says_what_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from seekr_peft.compare import compare
+    from seekr_peft.demo.run import run_demo
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = small_recipe(tmp_path / "compared", n_tasks=1)
+    for call, advice in (
+        (lambda: compare(recipe, console=Console(quiet=True)), "the same command goes on"),
+        (lambda: run_demo(tmp_path / "demo", Console(quiet=True)), "the same command starts it again"),
+    ):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(run_module, "load_model", stopped)
+            with pytest.raises(RunStopped):
+                call()
+        assert capsys.readouterr().err.splitlines()[-1] == f"seekr-peft: stopped by SIGTERM; {advice}"

@@ -18,6 +18,7 @@ from ..compare import FinishedRun, Variant, check_comparable
 from ..errors import RunError
 from ..report import write_comparison
 from ..run import RunResult, run_recipe
+from ..stopping import RunStopped, listening
 
 METHODS = ("sequential", "replay", "seekr")
 MARKER = ".seekr-peft-demo"
@@ -52,8 +53,15 @@ def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> P
     Returns:
         The path of the page that shows the three side by side.
     """
-    console = console or Console()
-    directory = Path(out)
+    with listening():
+        try:
+            return _run_demo(Path(out), console or Console())
+        except RunStopped as stop:
+            stop.go_on_with("the same command starts it again")
+            raise
+
+
+def _run_demo(directory: Path, console: Console) -> Path:
     _prepare(directory)
     started = time.monotonic()
     # On so small a model a second thread gains little, and on a busy machine waiting for it costs four times as much.

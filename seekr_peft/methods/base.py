@@ -481,6 +481,14 @@ class ContinualMethod:
 
     def _check_place(self, name: str) -> None:
         """RunError, before anything is trained, where the task's folder cannot be written inside of the directory."""
+        if not self.task_names and (self.directory / STATE_FILE).is_file():
+            there = read_method_state(self.directory)["tasks"]
+            if there:
+                raise RunError(
+                    f"{self.directory} holds the tasks {', '.join(map(str, there))} already, which this method would "
+                    f"write over; go on with {type(self).__name__}.from_pretrained(model, directory), or "
+                    f"choose another."
+                )
         target = self.task_directory(len(self.task_names), name)
         for path in (target.parent, target):
             if path.is_symlink() or (path.exists() and not path.is_dir()):
