@@ -19,7 +19,7 @@ from .devices import check_one_gpu, check_one_process
 from .divergence import Moment
 from .errors import AdapterError, ConfigError, DataError, DivergenceError
 from .forward import input_names, pad_token_id
-from .inputs import CARRIED, check_batch, check_data_set, check_sample
+from .inputs import CARRIED, check_batch, check_data_set, check_rows, check_sample
 from .losses import IGNORED
 from .methods import ContinualMethod
 from .model_kind import embedding_rows
@@ -310,6 +310,7 @@ def _own_collator(model: Any, names: frozenset[str]) -> Any:
 
 
 def _check_tokenised(dataset: Any) -> None:
+    check_rows(dataset, "train_dataset")
     # A stream has no first item to look at.
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) == 0:
         return

@@ -25,6 +25,7 @@ from ..devices import check_one_process
 from ..divergence import Moment, check_adapter
 from ..effect import probe_tokens, unchanged_outputs
 from ..errors import ConfigError, RunError
+from ..inputs import check_rows
 from ..losses import ReplayTerms
 from ..model_kind import check_model
 from .own_loop import GivenGradient, StepCounter
@@ -158,6 +159,7 @@ class ContinualMethod:
         self._check_name(name)
         if optimizer_steps is not None and optimizer_steps < 1:
             raise ConfigError(f"task {name!r}: optimizer_steps must be at least 1, or None, got {optimizer_steps!r}.")
+        check_rows(replay_from, "replay_from")
         check_one_process()
         self.stack.begin()
         self.current_task = name
