@@ -204,6 +204,8 @@ def _csv_rows(rows: list[tuple[str, list[str]]], header: list[str]) -> Iterator[
                 f"{place} has {len(cells)} values for the {len(header)} columns {listed(header)}; put quotation marks "
                 f"around a value with a separator in it."
             )
+        if cells == header:
+            raise DataError(f"{place} names the columns once more, as where two files were joined; remove it.")
         yield place, dict(zip(header, cells, strict=True))
 
 

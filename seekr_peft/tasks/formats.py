@@ -89,6 +89,8 @@ def _choices(path: Path, outputs: list[str]) -> list[str]:
         raise DataError(f"{place} does not hold a list of labels (strings), but {_quoted(labels)}.")
     for label in labels:
         check_text(label, f"the label {shown(label, 60)}", place)
+        if not label.strip() or labels.count(label) > 1:
+            raise DataError(f"{place}: the label {shown(label, 60)} is empty or there twice; name each answer once.")
     if set(labels) & set(outputs) or not outputs:
         return labels
     used = sorted(set(outputs))
