@@ -36,8 +36,9 @@ def cut(text: str, limit: int = LONGEST_VALUE) -> str:
 
 
 def listed(values: Iterable[Any], limit: int = LONGEST_VALUE) -> str:
-    """The values with commas between, or "none": as many of the first as make up about ``limit`` characters."""
-    texts = [cut(str(value), limit // 2) for value in values]
+    """The values with commas between, or "none": as many of the first as make up about ``limit`` characters, on one
+    line and without control characters, since a warning may have it too."""
+    texts = [cut(printable(str(value)).replace("\n", "\\n"), limit // 2) for value in values]
     lengths = accumulate(len(text) + 2 for text in texts)
     kept = [text for text, length in zip(texts, lengths, strict=True) if length <= limit]
     more = f" and {len(texts) - len(kept)} more" if len(kept) < len(texts) else ""

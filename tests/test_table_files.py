@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from stress.data import Case, look, mutations
 
-from seekr_peft.errors import DataError, cut, listed
+from seekr_peft.config import SeekrConfig
+from seekr_peft.errors import ConfigError, DataError, cut, listed
 from seekr_peft.evaluation import evaluate_task
 from seekr_peft.evaluation.general import find_general_tests, read_questions
 from seekr_peft.run import constant_answer_score
@@ -404,6 +405,31 @@ def test_a_key_that_is_there_twice_is_refused_in_every_json_file(tmp_path: Path)
         Task.from_records("t", [{"prompt": MESSAGES[:1], "answer": "a", "tools": tools}])
 
 
+def test_a_label_that_is_there_twice_is_refused_with_its_file(tmp_path: Path) -> None:
+    instances = json.dumps({"Definition": "d", "Instances": [{"input": "x", "output": "a"}]})
+    for split in ("train", "test"):
+        written(tmp_path / "t" / f"{split}.json", instances)
+    for labels in ('["a", "b", "a"]', '["a", " "]'):
+        written(tmp_path / "t" / "labels.json", labels)
+        with pytest.raises(DataError, match=r"labels\.json: the label '(a| )' is empty or there twice"):
+            read_tasks("long_sequence", tmp_path)
+
+
+def test_a_second_key_among_many_is_found_at_once(tmp_path: Path) -> None:
+    keys = ", ".join(f'"k{number}": 1' for number in range(60_000))
+    assert "has the key 'k59999' more than once" in refusal(written(tmp_path / "a.jsonl", f'{{{keys}, "k59999": 1}}'))
+    columns = ",".join(f"k{number}" for number in range(60_000))
+    assert "the column 'k59999' more than once" in refusal(written(tmp_path / "a.csv", f"{columns},k59999\n"))
+
+
+def test_a_file_of_settings_with_a_second_key_is_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "config.json", '{"lambda2": 1.0,\n"lambda2": 2.0}')
+    with pytest.raises(ConfigError, match=r"config\.json .* has the key 'lambda2' more than once in one object"):
+        SeekrConfig.load(file)
+    with pytest.raises(ConfigError, match=r"config\.json .* is nested too deeply"):
+        SeekrConfig.load(written(file, "[" * 100_000))
+
+
 def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.csv").symlink_to("loop.csv")
@@ -464,6 +490,7 @@ def test_a_message_names_a_long_path_in_bounds_and_a_list_by_its_first() -> None
     assert listed(range(3)) == "0, 1, 2"
     assert listed(["abc"] * 9, 20) == "abc, abc, abc, abc and 5 more"
     assert listed(["x" * 999], 20) == "xxx...xxx"
+    assert listed(["\x1b[31m", "a\nb"]) == "\\x1b[31m, a\\nb"
     assert cut("abcdefghij", 7) == "ab...ij"
 
 

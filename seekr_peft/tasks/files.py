@@ -1,14 +1,13 @@
 """What a data file holds: text, JSON, or the rows of a table, each with the place that a message names.
 
 A file that nobody has looked at may hold anything: whatever it is, the answer is its rows or one sentence. Imports
-`seekr_peft.errors`; `datasets` and `pyarrow` inside functions.
+`seekr_peft.errors` and `seekr_peft.json_text`; `datasets` and `pyarrow` inside functions.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import stat
@@ -20,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seekr_peft.errors import DataError, cut, listed, shown
+from seekr_peft.errors import DataError, cut, listed, printable, shown
+from seekr_peft.json_text import first_repeated, parse_json
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 """The ends of the names of files that hold a row a sample."""
@@ -38,7 +38,7 @@ class Table:
 
 def named(path: str | Path) -> str:
     """A path as a message names it: one line, of bounded length, in characters that can be written."""
-    return cut(str(path).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n"))
+    return cut(printable(str(path).encode("utf-8", "backslashreplace").decode()).replace("\n", "\\n"))
 
 
 def read_rows(path: str | Path) -> Table:
@@ -78,47 +78,6 @@ def read_json(path: str | Path) -> Any:
         DataError: the file is not there, or is no JSON; names file and line.
     """
     return parse_json(read_text(path), named(path))
-
-
-def parse_json(text: str, place: str, line: int | None = None) -> Any:
-    """The value of a JSON text in which no object has a key twice.
-
-    Args:
-        place: begins the message.
-        line: the text's own place in the file, where it is one line.
-
-    Raises:
-        DataError: no JSON, a key that comes twice, a number or a nesting beyond what can be read.
-    """
-    repeated: list[tuple[dict[str, Any], str]] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [key for key, _ in pairs]
-            repeated.append((found, next(key for key in names if names.count(key) > 1)))
-        return found
-
-    own = place if line is None else f"{place}, line {line}"
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        where = f"{place}, line {error.lineno if line is None else line}"
-        beginning = "" if line is None else f": {shown(text, 60)}"
-        raise DataError(f"{where} is not JSON ({error.msg} at column {error.colno}){beginning}.") from error
-    except RecursionError as error:
-        raise DataError(f"{own} is nested too deeply to be read; a sample is a flat object of texts.") from error
-    except ValueError as error:
-        # The one other that int() raises, for thousands of digits.
-        raise DataError(f"{own} holds a number of too many digits to be read; write it as text.") from error
-    if repeated:
-        found, key = repeated[0]
-        where = _way_to(found, value)
-        raise DataError(
-            f"{own}{f', at {cut(where, 80)}' if where else ''} has the key {shown(key, 60)} more than once in one "
-            f"object; keep one of them."
-        )
-    return value
 
 
 def read_text(path: str | Path, newline: str | None = None) -> str:
@@ -191,9 +150,9 @@ def _read_csv(path: Path) -> Table:
     if not records:
         raise DataError(f"{named(path)} is empty; its first line must name the columns.")
     (_, header), *rows = records
-    twice = [name for name in header if name and header.count(name) > 1]
+    twice = first_repeated(name for name in header if name)
     if twice:
-        raise DataError(f"{named(path)}: the header names the column {shown(twice[0], 60)} more than once; keep one.")
+        raise DataError(f"{named(path)}: the header names the column {shown(twice, 60)} more than once; keep one.")
     return Table(_csv_rows(rows, header))
 
 
@@ -264,10 +223,9 @@ def _read_parquet(path: Path) -> Table:
         # A reader of a binary format does not say what it raises for a damaged file: its own errors, ValueError, ...
         detail = cut(" ".join(str(error).split()), 120)
         raise DataError(f"{named(path)} cannot be read as Parquet ({detail}); write the file again.") from error
-    columns = table.column_names
-    twice = [name for name in columns if columns.count(name) > 1]
-    if twice:
-        raise DataError(f"{named(path)} has the column {shown(twice[0], 60)} more than once; keep one.")
+    twice = first_repeated(table.column_names)
+    if twice is not None:
+        raise DataError(f"{named(path)} has the column {shown(twice, 60)} more than once; keep one.")
     return Table(((f"{named(path)}, row {index}", row) for index, row in enumerate(rows)), names)
 
 
@@ -287,17 +245,3 @@ _READERS: dict[str, Callable[[Path], Table]] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
-
-
-def _way_to(wanted: Any, value: Any) -> str:
-    """The indices and keys that lead to an object inside ``value``, as in ``[3]['tools']``."""
-    ahead = [(value, "")]
-    while ahead:
-        current, way = ahead.pop()
-        if current is wanted:
-            return way
-        items = (
-            current.items() if isinstance(current, dict) else enumerate(current if isinstance(current, list) else ())
-        )
-        ahead += [(inner, f"{way}[{shown(key, 40)}]") for key, inner in items if isinstance(inner, dict | list)]
-    return ""

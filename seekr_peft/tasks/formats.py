@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seekr_peft.errors import DataError, listed, shown
+from seekr_peft.json_text import first_repeated
 from seekr_peft.tasks.files import TABLE_SUFFIXES, Table, named, read_json, read_rows
 from seekr_peft.tasks.samples import check_text, checked_rows
 
@@ -89,8 +90,10 @@ def _choices(path: Path, outputs: list[str]) -> list[str]:
         raise DataError(f"{place} does not hold a list of labels (strings), but {_quoted(labels)}.")
     for label in labels:
         check_text(label, f"the label {shown(label, 60)}", place)
-        if not label.strip() or labels.count(label) > 1:
-            raise DataError(f"{place}: the label {shown(label, 60)} is empty or there twice; name each answer once.")
+    twice = first_repeated(labels)
+    wrong = twice if twice is not None else next((label for label in labels if not label.strip()), None)
+    if wrong is not None:
+        raise DataError(f"{place}: the label {shown(wrong, 60)} is empty or there twice; name each answer once.")
     if set(labels) & set(outputs) or not outputs:
         return labels
     used = sorted(set(outputs))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from seekr_peft.errors import DataError, listed, shown
 from seekr_peft.inputs import check_media, why_no_rows
-from seekr_peft.tasks.files import Table, label_names, parse_json
+from seekr_peft.json_text import parse_json
+from seekr_peft.tasks.files import Table, label_names
 from seekr_peft.tasks.text import Conversation
 
 if TYPE_CHECKING:
