@@ -35,10 +35,21 @@ _HOMES = {
     "DivergenceError": "errors",
 }
 
-__all__ = [*_HOMES, "__version__"]
+
+def _star_names() -> list[str]:
+    """What ``from seekr_peft import *`` takes: all public names but those of an extra that is not installed."""
+    names = [*_HOMES, "__version__"]
+    try:
+        importlib.import_module(".sft_trainer", __name__)
+    except (ImportError, RuntimeError):
+        # RuntimeError: a TRL that is there and does not go with the installed transformers.
+        names.remove("ContinualSFTTrainer")
+    return names
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return _star_names()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
@@ -47,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_HOMES, "__version__"])
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""``SeekrConfig``: every knob of the method, validated when it is made. Imports only ``errors``."""
+"""``SeekrConfig``: every knob of the method, validated when it is made. Imports only ``errors`` and ``json_text``."""
 
 import dataclasses
 import difflib
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
+from .json_text import parse_json
 
 Norm = Literal["frobenius", "mean_square"]
 Accumulate = Literal["product_of_sums", "sum_of_products"]
@@ -191,7 +192,7 @@ class SeekrConfig:
     def load(cls, path: Path) -> "SeekrConfig":
         """Read what ``save`` wrote; ConfigError when it is no JSON object."""
         try:
-            mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+            mapping = parse_json(Path(path).read_text(encoding="utf-8"), "the text")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as JSON ({error}); SeekrConfig.save writes it.") from error
         if not isinstance(mapping, dict):

@@ -1,12 +1,14 @@
 """Every error that a user of the package can cause. Imports nothing of it; any module may import it.
 
 A message is one sentence that says what was wrong, the value, the place, and what to do. The command line prints a
-``SeekrError`` as one line and exits with status 2; anything else is a bug and keeps its traceback. ``shown`` and
-``printable`` are for the values in it, which may come from a file that nobody has looked at.
+``SeekrError`` as one line and exits with status 2; anything else is a bug and keeps its traceback. ``shown``, ``cut``,
+``listed`` and ``printable`` are for the values in it, which may come from a file that nobody has looked at.
 """
 
 import re
 import reprlib
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 LONGEST_VALUE = 200
@@ -24,9 +26,23 @@ def printable(text: str) -> str:
 
 def shown(value: Any, limit: int = LONGEST_VALUE) -> str:
     """``repr(value)`` for a message: cut in the middle to ``limit`` characters, in bounded time whatever the value."""
-    text = _SHORT.repr(value)
+    return cut(_SHORT.repr(value), limit)
+
+
+def cut(text: str, limit: int = LONGEST_VALUE) -> str:
+    """``text``, without its middle where it has more than ``limit`` characters."""
     half = (limit - 3) // 2
     return text if len(text) <= limit else f"{text[:half]}...{text[len(text) - half :]}"
+
+
+def listed(values: Iterable[Any], limit: int = LONGEST_VALUE) -> str:
+    """The values with commas between, or "none": as many of the first as make up about ``limit`` characters, on one
+    line and without control characters, since a warning may have it too."""
+    texts = [cut(printable(str(value)).replace("\n", "\\n"), limit // 2) for value in values]
+    lengths = accumulate(len(text) + 2 for text in texts)
+    kept = [text for text, length in zip(texts, lengths, strict=True) if length <= limit]
+    more = f" and {len(texts) - len(kept)} more" if len(kept) < len(texts) else ""
+    return (", ".join(kept) or "none") + more
 
 
 class _ShortRepr(reprlib.Repr):

@@ -77,14 +77,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def json_text(document: Any) -> str:
+def as_json(document: Any) -> str:
     """The text that ``write_json`` writes."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, document: Any) -> None:
     """Write JSON; a reader sees the old file or the new one, never half of one."""
-    write_text(path, json_text(document))
+    write_text(path, as_json(document))
 
 
 def save_tensors(tensors: dict[str, Any], path: Path) -> None:

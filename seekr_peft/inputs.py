@@ -6,17 +6,20 @@ model, such as an image, would be trained without it and nobody would see that. 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from .errors import DataError
+from .errors import DataError, listed, shown
 
 CARRIED = ("input_ids", "attention_mask", "labels")
 
 _INPUT_NAME = re.compile(r"(pixel|image|video|audio)_|input_features|input_values|inputs_embeds")
 """How models call inputs beside token ids; an array of such a name is one, whatever model it is for."""
 _MEDIA_NAMES = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+_SPLITS = {"train", "validation", "test"}
+_FRAME_MODULES = ("pandas", "polars", "pyarrow")
 _MEDIA_MODULES = ("PIL", "torchcodec", "datasets")
 """Where the classes of decoded images, sounds and films come from."""
 _LAYOUT = ("position_ids", "seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -25,6 +28,29 @@ _ADVICE = (
     "training, replay and scoring carry input_ids, attention_mask and labels alone, so it would be dropped; models "
     "that need it are not supported yet: where this one does not, remove it from the data set."
 )
+
+
+def why_no_rows(data: Any) -> str:
+    """What `data` is and what to pass instead, where it holds no samples one by one; '' for what may hold them."""
+    kind = type(data).__name__
+    if isinstance(data, Mapping):
+        names = listed(shown(name, 60) for name in data)
+        if kind.endswith("DatasetDict") or _SPLITS & set(data):
+            split = shown(next((name for name in data if name in _SPLITS), "train"), 60)
+            return f"a {kind} with the splits {names}; pass one of them, as in dataset[{split}]."
+        return (
+            f"a {kind} with the keys {names}, not rows; pass a list of dicts, or datasets.Dataset.from_dict of columns."
+        )
+    if isinstance(data, str | bytes | os.PathLike):
+        return f"{shown(data, 60)}, not rows; pass a list of dicts or a Dataset (Task.from_files reads files)."
+    if type(data).__module__.split(".")[0] in _FRAME_MODULES:
+        return (
+            f"a {kind} of {type(data).__module__.split('.')[0]}, whose columns are no rows; pass its rows: "
+            f"to_dict('records') of pandas, to_dicts() of polars, to_pylist() of pyarrow."
+        )
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        return f"{shown(data, 60)}, not rows; pass a list of dicts or a Dataset."
+    return ""
 
 
 def check_sample(sample: Mapping[str, Any], place: str, parameters: Collection[str] = ()) -> None:
@@ -43,7 +69,7 @@ def check_sample(sample: Mapping[str, Any], place: str, parameters: Collection[s
         if name not in (*CARRIED, *_LAYOUT) and value is not None:
             what = _input_kind(name, value, parameters)
             if what:
-                raise DataError(f"{place} holds {name!r}, {what}; {_ADVICE}")
+                raise DataError(f"{place} holds {shown(name, 60)}, {what}; {_ADVICE}")
 
 
 def check_media(row: Mapping[str, Any], place: str) -> None:
@@ -54,7 +80,7 @@ def check_media(row: Mapping[str, Any], place: str) -> None:
     """
     for name, value in row.items():
         if _is_media(name, value):
-            raise DataError(f"{place} holds {name!r}, an image, a sound or a film; {_ADVICE}")
+            raise DataError(f"{place} holds {shown(name, 60)}, an image, a sound or a film; {_ADVICE}")
 
 
 def check_batch(batch: Mapping[str, Any], parameters: Collection[str]) -> None:
@@ -65,12 +91,13 @@ def check_batch(batch: Mapping[str, Any], parameters: Collection[str]) -> None:
     """
     for name in batch:
         if name not in (*CARRIED, *_LAYOUT) and (name in parameters or _INPUT_NAME.match(name)):
-            raise DataError(f"the collator's batch holds {name!r}, an input of the model; {_ADVICE}")
+            raise DataError(f"the collator's batch holds {shown(name, 60)}, an input of the model; {_ADVICE}")
 
 
 def check_data_set(dataset: Any, name: str, parameters: Collection[str] = ()) -> None:
     """``check_sample`` of every row that can be looked at without work: rows of a list, columns of a ``Dataset``; the
-    first one of anything else that has rows."""
+    first one of anything else that has rows. What holds no rows, such as a ``DatasetDict``, is refused by name."""
+    check_rows(dataset, name)
     columns = getattr(dataset, "column_names", None)
     if isinstance(dataset, (list, tuple)):
         rows: Any = enumerate(dataset)
@@ -82,6 +109,17 @@ def check_data_set(dataset: Any, name: str, parameters: Collection[str] = ()) ->
         rows = []
     for index, row in rows:
         check_sample(row, f"sample {index} of {name}", parameters)
+
+
+def check_rows(dataset: Any, name: str) -> None:
+    """Refuse what holds no samples one by one, such as a ``DatasetDict``; None passes.
+
+    Raises:
+        DataError: With what it is and what to pass.
+    """
+    why = "" if dataset is None else why_no_rows(dataset)
+    if why:
+        raise DataError(f"{name} is {why}")
 
 
 def _rows_with_inputs(dataset: Any, columns: list[str], parameters: Collection[str]) -> Iterator[tuple[int, Any]]:

@@ -96,7 +96,7 @@ class TasksSection(_Section):
     """The task sequence."""
 
     format: str
-    """jsonl, trace, superni, long_sequence, mixed (tasks of several formats, FORMAT/NAME each), or demo."""
+    """jsonl, csv, parquet, trace, superni, long_sequence, mixed (an order of FORMAT/NAME entries), or demo."""
     path: str | None = None
     order: list[str] | None = None
     """Task names in order of training; None takes the format's own order."""

@@ -18,7 +18,7 @@ from .checkpoint import checkpoints_in
 from .errors import DataError, RunError, RunInUseError
 from .evaluation import AccuracyMatrix
 from .evaluation.matrix import CSV_NAME, JSON_NAME
-from .files import checksum, json_text, write_text
+from .files import as_json, checksum, write_text
 from .manifest import (
     MANIFEST_FILE,
     METHOD_FILE,
@@ -260,7 +260,7 @@ def _new_state(run: _Run, state: dict[str, Any], folders: list[Path], evaluated:
     if folders:
         names = [folder.name.partition("-")[2] for folder in folders]
         sums = [checksum(folder / MANIFEST_FILE) for folder in folders]
-        new[METHOD_FILE] = json_text({**state, "tasks": names, "manifests": sums})
+        new[METHOD_FILE] = as_json({**state, "tasks": names, "manifests": sums})
     if run.matrix is None or not evaluated:
         return new
     everything = run.matrix.task_names
@@ -273,7 +273,7 @@ def _new_state(run: _Run, state: dict[str, Any], folders: list[Path], evaluated:
                 kept.record(after=after, on=on, score=score)
     # A run that is finished is not looked at again; this one writes anew what it lacks.
     facts = {"finished_tasks": finished, "tasks": everything, "last_finished": everything[finished - 1]}
-    return {**new, **kept.files(), "state.json": json_text({**facts, "status": "running"})}
+    return {**new, **kept.files(), "state.json": as_json({**facts, "status": "running"})}
 
 
 def _shortened(directory: Path, bad: set[Path], run: _Run, folders: list[Path]) -> dict[str, str]:
@@ -281,14 +281,14 @@ def _shortened(directory: Path, bad: set[Path], run: _Run, folders: list[Path]) 
     new: dict[str, str] = {}
     costs = directory / "costs.json"
     if costs.is_file() and costs not in bad and folders:
-        new["costs.json"] = json_text({"tasks": json.loads(_text(costs))["tasks"][: len(folders)]})
+        new["costs.json"] = as_json({"tasks": json.loads(_text(costs))["tasks"][: len(folders)]})
     general = directory / "general.json"
     if general.is_file() and general not in bad:
         record = json.loads(_text(general))
         seen = ["", *(run.matrix.task_names if run.matrix else [])][: min(run.evaluated(), len(folders)) + 1]
         keep = [after for after in record["after"] if after in seen]
         values = {name: measured[: len(keep)] for name, measured in record["values"].items()}
-        new["general.json"] = json_text({**record, "after": keep, "values": values})
+        new["general.json"] = as_json({**record, "after": keep, "values": values})
     metrics = directory / _METRICS
     if metrics.is_file() and metrics not in bad:
         lines = _text(metrics).splitlines(keepends=True)

@@ -418,7 +418,7 @@ class _Run:
                 "name": task.name,
                 "metric": task.metric,
                 "n_train": len(task.train),
-                "n_test": len(task.test),
+                "n_test": len(task.test_set()),
                 "majority_class": constant_answer_score(task),
                 "fingerprint": self.fingerprints[task.name],
             }
@@ -602,7 +602,7 @@ def _check_length(task: Task, arguments: TrainingArguments) -> None:
 
 def constant_answer_score(task: Task) -> float:
     """What always giving the most frequent test answer would score under the task's own metric: the majority class."""
-    answers = list(task.test["answer"])
+    answers = list(task.test_set()["answer"])
     most_frequent = Counter(answers).most_common(1)[0][0]
     return score_predictions(task.metric, [most_frequent] * len(answers), answers)[0]
 

@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("ContinualSFTTrainer needs TRL; install it with: pip install 'seekr-peft[trl]'") from error
 
+from .inputs import check_rows
 from .methods import ContinualMethod
 from .trainer import ContinualTrainerMixin
 
@@ -31,6 +32,7 @@ class ContinualSFTTrainer(ContinualTrainerMixin, SFTTrainer):
     """
 
     def __init__(self, *args: Any, method: ContinualMethod, **kwargs: Any) -> None:
+        check_rows(kwargs.get("train_dataset"), "train_dataset")
         adapter = list(method.stack.parameters().values()) if method.current_task is not None else []
         before = [(parameter, parameter.data) for parameter in adapter]
         self._unpacked: Any = None

@@ -34,7 +34,7 @@ from .divergence import Moment
 from .errors import AdapterError, ConfigError, DataError, DivergenceError
 from .files import replacing_folder
 from .forward import input_names, pad_token_id
-from .inputs import CARRIED, check_batch, check_data_set, check_sample
+from .inputs import CARRIED, check_batch, check_data_set, check_rows, check_sample
 from .losses import IGNORED
 from .manifest import write_manifest
 from .methods import ContinualMethod
@@ -478,6 +478,7 @@ def forget_preparation(model: nn.Module) -> None:
 
 
 def _check_tokenised(dataset: Any) -> None:
+    check_rows(dataset, "train_dataset")
     # A stream has no first item to look at.
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) == 0:
         return

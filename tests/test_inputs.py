@@ -399,3 +399,45 @@ def test_a_task_that_was_told_nothing_of_its_samples_is_refused(tmp_path: Path) 
         with method.task("first"):
             pass
     assert method.task_names == []
+
+
+SPLITS = {"train": [PLAIN], "test": [PLAIN]}
+
+
+def split_sets() -> list[Any]:
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
+
+    sets = {name: Dataset.from_list(rows) for name, rows in SPLITS.items()}
+    streams = {name: split.to_iterable_dataset() for name, split in sets.items()}
+    return [DatasetDict(sets), IterableDatasetDict(streams), SPLITS]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["DatasetDict", "IterableDatasetDict", "dict"])
+def test_a_set_of_splits_in_place_of_samples_is_refused_by_name(tmp_path: Path, place: int) -> None:
+    splits = split_sets()[place]
+    told = f"is a {type(splits).__name__} with the splits 'train', 'test'; pass one of them, as in dataset"
+    method = Replay(adapted(), directory=tmp_path / "method")
+    with pytest.raises(DataError, match=rf"replay_from {told}\['train'\]"), method.task("first", replay_from=splits):
+        pass
+    assert method.stack.current is None
+    with pytest.raises(DataError, match=rf"train_dataset {told}"), method.task("first", replay_from=[PLAIN]):
+        ContinualTrainer(model=method.model, method=method, args=arguments(tmp_path / "out"), train_dataset=splits)
+
+
+@pytest.mark.parametrize(("given", "told"), [("train.jsonl", "'train.jsonl', not rows"), (7, "7, not rows")])
+def test_what_holds_no_samples_is_refused_by_name(tmp_path: Path, given: Any, told: str) -> None:
+    method = Sequential(adapted(), directory=tmp_path / "method")
+    with pytest.raises(DataError, match=f"train_dataset is {told}"), method.task("first"):
+        ContinualTrainer(model=method.model, method=method, args=arguments(tmp_path / "out"), train_dataset=given)
+
+
+def test_a_set_of_evaluation_sets_is_none_of_its_business(tmp_path: Path) -> None:
+    method = Sequential(adapted(), directory=tmp_path / "method")
+    with method.task("first"):
+        ContinualTrainer(
+            model=method.model,
+            method=method,
+            args=arguments(tmp_path / "out"),
+            train_dataset=[PLAIN],
+            eval_dataset=split_sets()[0],
+        )

@@ -194,7 +194,8 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
         (
             {"tasks": {"format": "demo", "path": "data"}},
             "tasks.path: data would not be read, as the tasks of the format 'demo' come with the package; "
-            "leave it out, or give the format of your own tasks: jsonl, trace, superni, long_sequence, mixed.",
+            "leave it out, or give the format of your own tasks: jsonl, csv, parquet, trace, superni, long_sequence, "
+            "mixed.",
         ),
         ({"seed": -1}, "seed: input should be greater than or equal to 0, got -1."),
         (

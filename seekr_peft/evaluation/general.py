@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from seekr_peft.errors import DataError
+from seekr_peft.errors import DataError, cut, shown
 from seekr_peft.tasks import AnswerCollator, prepare_tokenizer
-from seekr_peft.tasks.samples import check_text, read_json_lines, read_text
+from seekr_peft.tasks.files import TABLE_SUFFIXES, named, read_rows, read_text
+from seekr_peft.tasks.samples import check_text
 from seekr_peft.tasks.text import TextCodec, plain_ids
 from seekr_peft.tasks.tokenize import IGNORED_LABEL, shortened
 
@@ -27,7 +28,7 @@ _TOKENS_PER_FORWARD = 1024
 
 @dataclass(frozen=True)
 class GeneralTest:
-    """One test by name and file: multiple choice from a .jsonl file, the loss on text from a .txt file."""
+    """One test by name and file: multiple choice from a file of rows, the loss on text from a .txt file."""
 
     name: str
     path: Path
@@ -35,7 +36,7 @@ class GeneralTest:
     @property
     def kind(self) -> Literal["choice", "text"]:
         """Which of the two measurements it is."""
-        return "choice" if self.path.suffix == ".jsonl" else "text"
+        return "text" if self.path.suffix == ".txt" else "choice"
 
     def to_dict(self) -> dict[str, str]:
         """Name, kind, unit and file, ready for JSON."""
@@ -69,8 +70,9 @@ def find_general_tests(
 ) -> tuple[list[GeneralTest], list[str]]:
     """The tests of these names, and what is wrong with them, one sentence each; reads file names only.
 
-    The test NAME is FOLDER/NAME/test.jsonl (multiple choice) or FOLDER/text/NAME.txt (plain text). FOLDER is
-    `general_path`, or without it `tasks_path` or the folder around that, where benchmarks are often kept together.
+    The test NAME is FOLDER/NAME/test.jsonl (multiple choice; or .csv, .tsv, .parquet) or FOLDER/text/NAME.txt
+    (plain text). FOLDER is `general_path`, or without it `tasks_path` or the folder around that, where benchmarks are
+    often kept together.
     """
     if general_path:
         folders = [Path(general_path)]
@@ -80,31 +82,50 @@ def find_general_tests(
     tests, problems = [], []
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
-            problems.append(f"{name!r} is named more than once; name it once.")
-        places = [place for folder in folders for place in (folder / name / "test.jsonl", folder / f"text/{name}.txt")]
-        found = next((place for place in places if place.is_file()), None)
-        if found is not None:
-            tests.append(GeneralTest(name, found))
-            continue
-        looked = f"none of {', '.join(map(str, places))} is there" if places else "there is no folder to look in"
-        problems.append(
-            f"the test {name!r} was not found, {looked}; set evaluation.general_path to the folder that holds "
-            f"{name}/test.jsonl (multiple choice) or text/{name}.txt (plain text)."
-        )
+            problems.append(f"{shown(name)} is named more than once; name it once.")
+        found = next(filter(None, (_files_of(name, folder) for folder in folders)), [])
+        if len(found) == 1:
+            tests.append(GeneralTest(name, found[0]))
+        else:
+            problems.append(_not_one(name, found, folders))
     return tests, problems
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
-    """The questions of a JSON-lines file as {'question': text, 'choices': texts, 'answer': index of the right one}.
+def _files_of(name: str, folder: Path) -> list[Path]:
+    """The files that are a test of this name in a folder; of rows before text, if both are there."""
+    tables = [folder / name / f"test{suffix}" for suffix in TABLE_SUFFIXES]
+    return [file for file in tables if os.path.isfile(file)] or [
+        file for file in [folder / "text" / f"{name}.txt"] if os.path.isfile(file)
+    ]
 
-    A line may also give its choices as 'choice0', 'choice1', ... and its answer as digits; other keys are ignored.
+
+def _not_one(name: str, found: list[Path], folders: list[Path]) -> str:
+    if found:
+        return f"the test {shown(name, 60)} is there twice, {named(found[0])} and {named(found[1])}; keep one of them."
+    places = [place for folder in folders for place in (folder / name / "test.jsonl", folder / f"text/{name}.txt")]
+    looked = (
+        f"none of {', '.join(cut(named(place), 130) for place in places)} is there"
+        if places
+        else "there is no folder to look in"
+    )
+    short = cut(named(name), 60)
+    return (
+        f"the test {shown(name, 60)} was not found, {looked}; set evaluation.general_path to the folder that holds "
+        f"{short}/test.jsonl (multiple choice) or text/{short}.txt (plain text)."
+    )
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """The questions of a file of rows as {'question': text, 'choices': texts, 'answer': index of the right one}.
+
+    A row may also give its choices as 'choice0', 'choice1', ... and its answer as digits; other keys are ignored.
 
     Raises:
-        DataError: no question, or a line that is none; names file and line.
+        DataError: no question, or a row that is none; names file and line.
     """
-    questions = [_checked_question(row, place) for place, row in read_json_lines(path)]
+    questions = [_checked_question(row, place) for place, row in read_rows(path).rows]
     if not questions:
-        raise DataError(f"{path} holds no questions; a multiple-choice test needs at least one.")
+        raise DataError(f"{named(path)} holds no questions; a multiple-choice test needs at least one.")
     return questions
 
 
@@ -114,14 +135,14 @@ def _checked_question(row: Any, place: str) -> dict[str, Any]:
     numbered = [row[key] for key in (f"choice{index}" for index in range(len(row))) if key in row]
     question, choices, answer = row.get("question"), row.get("choices", numbered), row.get("answer")
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{place}: 'question' is {question!r}; it must be a text that is not empty.")
+        raise DataError(f"{place}: 'question' is {shown(question)}; it must be a text that is not empty.")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise DataError(f"{place}: the choices are {choices!r}; give two texts or more, none of them empty.")
+        raise DataError(f"{place}: the choices are {shown(choices)}; give two texts or more, none of them empty.")
     for name, text in (("'question'", question), *(("a choice", choice) for choice in choices)):
         check_text(text, name, place)
     index = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
-        raise DataError(f"{place}: 'answer' is {answer!r}; it must be the index of one of {len(choices)} choices.")
+        raise DataError(f"{place}: 'answer' is {shown(answer)}; it must be the index of one of {len(choices)} choices.")
     return {"question": question, "choices": choices, "answer": index}
 
 
@@ -180,7 +201,7 @@ def _choice_samples(tokenizer: Any, question: Mapping[str, Any], max_length: int
     whole = codec.prompt_ids(questions)
     choices = [answer.ids[:-1][: max_length // 2] for answer in codec.answers(questions, whole, texts, "choice")]
     if not all(choices):
-        raise DataError(f"The choices {question['choices']!r} have one without tokens in the model's vocabulary.")
+        raise DataError(f"The choices {shown(question['choices'])} have one without tokens in the model's vocabulary.")
     prompt = shortened(codec, questions[0], whole[0], max_length - max(map(len, choices)))
     ignored = [IGNORED_LABEL] * len(prompt)
     return [{"input_ids": prompt + ids, "labels": ignored + ids, "n_answer": len(ids)} for ids in choices]
@@ -216,7 +237,7 @@ def text_loss(model: Any, tokenizer: Any, text: str, max_tokens: int, window: in
     windows = [front + ids[start : start + room] for start in range(0, len(ids), room)]
     windows = [row for row in windows if len(row) > given]
     if not windows:
-        raise DataError(f"The held-out text {text[:60]!r} has too few tokens to measure a loss; give a longer one.")
+        raise DataError(f"The held-out text {shown(text, 60)} has too few tokens to measure a loss; give a longer one.")
     collate = AnswerCollator(tokenizer.pad_token_id)
     device = model_device(model)
     total = 0.0

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError
+from seekr_peft.errors import DataError, shown
 from seekr_peft.evaluation.metrics import score_predictions
 from seekr_peft.tasks.task import Task, instructions_of, prompts_of
 from seekr_peft.tasks.text import Conversation, Prompt, TextCodec
@@ -55,8 +55,12 @@ def evaluate_task(
 
     Args:
         check_answers: warn of answers that can never be scored right; see `find_unreachable`.
+
+    Raises:
+        DataError: the task has no test samples; and as `generate_answers`.
     """
-    prompts, answers = prompts_of(task.test), list(task.test["answer"])
+    test = task.test_set()
+    prompts, answers = prompts_of(test), list(test["answer"])
     codec = TextCodec(prepare_tokenizer(tokenizer))
     if check_answers:
         warn_of_unreachable(task, tokenizer, max_new_tokens)
@@ -67,11 +71,11 @@ def evaluate_task(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         max_length=task.prompt_room(tokenizer, max_length),
-        instructions=instructions_of(task.test),
+        instructions=instructions_of(test),
     )
     pairs = zip(codec.questions(prompts), answers, strict=True)
     mean, scores = score_predictions(task.metric, generated, [codec.reference(*pair) for pair in pairs])
-    columns = zip(task.test["prompt"], answers, generated, scores, strict=True)
+    columns = zip(test["prompt"], answers, generated, scores, strict=True)
     names = ("prompt", "answer", "prediction", "score")
     return Evaluation(mean, [dict(zip(names, row, strict=True)) for row in columns])
 
@@ -85,8 +89,9 @@ def find_unreachable(task: Task, tokenizer: Any) -> list[tuple[str, str]]:
     Raises:
         DataError: an answer with an end in it, or a chat template that refuses or is not there.
     """
-    answers = list(task.test["answer"])
-    tokens = SampleTokens(tokenizer, prompts_of(task.test), answers, f"Task '{task.name}', test row")
+    test = task.test_set()
+    answers = list(test["answer"])
+    tokens = SampleTokens(tokenizer, prompts_of(test), answers, f"Task '{task.name}', test row")
     rows = zip(tokens.questions, tokens.prompts, tokens.answers, strict=True)
     written = [tokens.codec.written(question, prompt, own.ids) for question, prompt, own in rows]
     references = [tokens.codec.reference(*pair) for pair in zip(tokens.questions, answers, strict=True)]
@@ -97,26 +102,27 @@ def find_unreachable(task: Task, tokenizer: Any) -> list[tuple[str, str]]:
 def warn_of_unreachable(task: Task, tokenizer: Any, max_new_tokens: int | None = None) -> None:
     """One warning with the number of `find_unreachable` and an example, one of answers that a chat template changes,
     and one of answers that are longer than `max_new_tokens`; nothing where there are none."""
+    n_test = len(task.test_set())
     changed = [*_changed_by_template(task.test, tokenizer), *_changed_by_template(task.train, tokenizer)]
     if changed:
         logger.warning(
-            f"Task '{task.name}': the chat template changes {len(changed)} answers, such as {changed[0][:60]!r}, so "
-            f"that another text is trained than is scored; write them as the template leaves them (it may strip "
+            f"Task '{task.name}': the chat template changes {len(changed)} answers, such as {shown(changed[0], 60)}, "
+            f"so that another text is trained than is scored; write them as the template leaves them (it may strip "
             f"whitespace)."
         )
     found = [pair for pair in find_unreachable(task, tokenizer) if pair[0] not in changed]
     if found:
         answer, written = found[0]
         logger.warning(
-            f"Task '{task.name}': {len(found)} of {len(task.test)} test answers can never be scored right by "
-            f"{task.metric}: {answer[:60]!r} is read back from its own tokens as {written[:60]!r}; use a tokenizer "
-            f"that keeps these characters, or write the answers with others."
+            f"Task '{task.name}': {len(found)} of {n_test} test answers can never be scored right by "
+            f"{task.metric}: {shown(answer, 60)} is read back from its own tokens as {shown(written, 60)}; use a "
+            f"tokenizer that keeps these characters, or write the answers with others."
         )
     lengths = [] if max_new_tokens is None else _answer_lengths(task, tokenizer)
     too_long = [length for length in lengths if length > (max_new_tokens or 0)]
     if too_long:
         logger.warning(
-            f"Task '{task.name}': {len(too_long)} of {len(task.test)} test answers need up to {max(too_long)} tokens, "
+            f"Task '{task.name}': {len(too_long)} of {n_test} test answers need up to {max(too_long)} tokens, "
             f"but max_new_tokens is {max_new_tokens}, so they will be cut off; raise it (evaluation.max_new_tokens)."
         )
 
@@ -137,7 +143,8 @@ def _changed_by_template(split: Any, tokenizer: Any) -> list[str]:
 
 def _answer_lengths(task: Task, tokenizer: Any) -> list[int]:
     """Tokens that a model has to write for each test answer, what leads to it included and its end not."""
-    tokens = SampleTokens(tokenizer, prompts_of(task.test), list(task.test["answer"]), f"Task '{task.name}', test row")
+    test = task.test_set()
+    tokens = SampleTokens(tokenizer, prompts_of(test), list(test["answer"]), f"Task '{task.name}', test row")
     return [tokens.codec.length(answer.ids) for answer in tokens.answers]
 
 
@@ -174,7 +181,7 @@ def generate_answers(
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
-            raise DataError(f"{name} is {value!r}; it must be a whole number, 1 or more.")
+            raise DataError(f"{name} is {shown(value)}; it must be a whole number, 1 or more.")
     if instructions is None:
         instructions = [None] * len(prompts)
     if len(instructions) != len(prompts):

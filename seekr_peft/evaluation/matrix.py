@@ -1,6 +1,6 @@
 """The accuracy matrix of a task sequence, and what is read off it: OP, BWT, forgetting, FWT.
 
-a[i, j] is the score of task i after training task j. Imports `seekr_peft.errors`, `files` and the
+a[i, j] is the score of task i after training task j. Imports `seekr_peft.errors`, `files`, `tasks.files` and the
 names of `tasks.samples`, and neither torch nor transformers; rich inside a function.
 """
 
@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError
+from seekr_peft.errors import DataError, listed, shown
 from seekr_peft.files import write_text
-from seekr_peft.tasks.samples import read_text, suggestion
+from seekr_peft.tasks.files import read_text
+from seekr_peft.tasks.samples import suggestion
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,9 +53,9 @@ class AccuracyMatrix:
     def __init__(self, task_names: Iterable[str]) -> None:
         names = [] if isinstance(task_names, str) else list(task_names)
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise DataError(f"The task names are {task_names!r}; give a list of non-empty strings.")
+            raise DataError(f"The task names are {shown(task_names)}; give a list of non-empty strings.")
         if len(set(names)) < len(names):
-            raise DataError(f"The task names {names!r} repeat one; each task has its own name.")
+            raise DataError(f"The task names {shown(names)} repeat one; each task has its own name.")
         self.task_names: tuple[str, ...] = tuple(names)
         self._scores: dict[tuple[int, int], float] = {}
         self._before_training: dict[tuple[int, int], float] = {}
@@ -227,8 +228,8 @@ class AccuracyMatrix:
     def _index(self, name: str) -> int:
         if name not in self.task_names:
             raise DataError(
-                f"The task {name!r} is not in the accuracy matrix; its tasks are "
-                f"{', '.join(self.task_names)}{suggestion(name, self.task_names)}."
+                f"The task {shown(name)} is not in the accuracy matrix; its tasks are "
+                f"{listed(self.task_names)}{suggestion(name, self.task_names)}."
             )
         return self.task_names.index(name)
 
@@ -290,9 +291,9 @@ def _checked_score(score: Any, what: str) -> float:
     try:
         value = float(score)
     except (TypeError, ValueError) as error:
-        raise DataError(f"The score {what} is {score!r}, not a number from 0 to 1.") from error
+        raise DataError(f"The score {what} is {shown(score)}, not a number from 0 to 1.") from error
     if not (math.isfinite(value) and 0 <= value <= 1):
-        raise DataError(f"The score {what} is {value!r}; it must be a finite number from 0 to 1.")
+        raise DataError(f"The score {what} is {shown(value)}; it must be a finite number from 0 to 1.")
     return value
 
 

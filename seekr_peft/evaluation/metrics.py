@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from seekr_peft.errors import DataError
+from seekr_peft.errors import DataError, shown
 from seekr_peft.tasks.samples import suggestion
 
 _LATIN = r"A-Za-z0-9\u00C0-\u024F"
@@ -73,7 +73,7 @@ def score_predictions(metric: str, predictions: Sequence[str], answers: Sequence
     """
     if metric not in METRICS:
         raise DataError(
-            f"The metric {metric!r} is unknown; choose one of {', '.join(METRICS)}{suggestion(metric, METRICS)}."
+            f"The metric {shown(metric)} is unknown; choose one of {', '.join(METRICS)}{suggestion(metric, METRICS)}."
         )
     if not predictions or len(predictions) != len(answers):
         raise DataError(

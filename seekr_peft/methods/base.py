@@ -25,6 +25,7 @@ from ..divergence import Moment, check_adapter
 from ..effect import probe_tokens, unchanged_outputs
 from ..errors import ConfigError, RunError
 from ..files import checksum, partial_path, read_object, replacing_folder
+from ..inputs import check_rows
 from ..losses import ReplayTerms
 from ..manifest import (
     MANIFEST_FILE,
@@ -186,6 +187,7 @@ class ContinualMethod:
         self._check_name(name)
         if optimizer_steps is not None and optimizer_steps < 1:
             raise ConfigError(f"task {name!r}: optimizer_steps must be at least 1, or None, got {optimizer_steps!r}.")
+        check_rows(replay_from, "replay_from")
         check_one_process()
         self._check_place(name)
         self.stack.begin()

@@ -1,21 +1,22 @@
 """The file formats of tasks: each reader turns the two files of a task into prompts and answers.
 
 A reader takes the task's name and {'train': file, 'test': file}, and returns the samples of each
-split, the metric and the possible answers (None = free text). Imports `seekr_peft.errors` and
-`tasks.samples`, and neither datasets nor torch.
+split, the metric and the possible answers (None = free text). Imports `seekr_peft.errors`,
+`tasks.files` and `tasks.samples`, and neither datasets nor torch.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seekr_peft.errors import DataError
-from seekr_peft.tasks.samples import check_text, checked_row, read_json_lines, read_text
+from seekr_peft.errors import DataError, listed, shown
+from seekr_peft.json_text import first_repeated
+from seekr_peft.tasks.files import TABLE_SUFFIXES, Table, named, read_json, read_rows
+from seekr_peft.tasks.samples import check_text, checked_rows
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +35,17 @@ _TRACE_METRICS = {
 }
 
 
-def _read_jsonl(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, list[str] | None]:
-    samples = {
-        split: [checked_row(row, place) for place, row in read_json_lines(file)] for split, file in files.items()
-    }
-    return samples, "accuracy", None
+def _read_tables(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, list[str] | None]:
+    return {split: checked_rows(read_rows(file)) for split, file in files.items()}, "accuracy", None
 
 
 def _read_trace(name: str, files: Mapping[str, Path]) -> tuple[Samples, str, list[str] | None]:
     samples = {}
     for split, file in files.items():
-        rows = _read_json(file)
+        rows, place = read_json(file), named(file)
         if not isinstance(rows, list):
-            raise DataError(f"{file} holds a {type(rows).__name__}, not a list of {{prompt, answer}}.")
-        samples[split] = [checked_row(row, f"{file}, row {index}") for index, row in enumerate(rows)]
+            raise DataError(f"{place} holds a {type(rows).__name__}, not a list of {{prompt, answer}}.")
+        samples[split] = checked_rows(Table((f"{place}, row {index}", row) for index, row in enumerate(rows)))
     return samples, _TRACE_METRICS.get(name, "accuracy"), None
 
 
@@ -74,8 +72,8 @@ def _read_long_sequence(name: str, files: Mapping[str, Path]) -> tuple[Samples, 
         kept = [(text, output) for text, output in instances if output in choices]
         if len(kept) < len(instances):
             logger.warning(
-                f"{files[split]}: left out {len(instances) - len(kept)} of {len(instances)} "
-                f"instances whose output is none of {', '.join(choices)}."
+                f"{named(files[split])}: left out {len(instances) - len(kept)} of {len(instances)} "
+                f"instances whose output is none of {listed(choices)}."
             )
         samples[split] = [_sample(start, text, "Answer:", output) for text, output in kept]
     return samples, "accuracy", choices
@@ -86,39 +84,41 @@ def _choices(path: Path, outputs: list[str]) -> list[str]:
 
     The published labels of 'qqp' are True and False, while its outputs are yes and no.
     """
-    labels = _read_json(path)
+    labels, place = read_json(path), named(path)
     texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
     if not texts or not labels:
-        raise DataError(f"{path} does not hold a list of labels (strings), but {str(labels)[:60]!r}.")
+        raise DataError(f"{place} does not hold a list of labels (strings), but {_quoted(labels)}.")
     for label in labels:
-        check_text(label, f"the label {label!r}", str(path))
+        check_text(label, f"the label {shown(label, 60)}", place)
+    twice = first_repeated(labels)
+    wrong = twice if twice is not None else next((label for label in labels if not label.strip()), None)
+    if wrong is not None:
+        raise DataError(f"{place}: the label {shown(wrong, 60)} is empty or there twice; name each answer once.")
     if set(labels) & set(outputs) or not outputs:
         return labels
     used = sorted(set(outputs))
-    logger.warning(
-        f"{path} lists {', '.join(labels)}, but the outputs are {', '.join(used[:20])}; these are used as options."
-    )
+    logger.warning(f"{place} lists {listed(labels)}, but the outputs are {listed(used)}; these are used as options.")
     return used
 
 
 def _read_instances(path: Path) -> tuple[str, list[tuple[str, str]]]:
     """Definition and (input, output) pairs of a SuperNI file; empty outputs are left out."""
-    data = _read_json(path)
+    data, place = read_json(path), named(path)
     for key in ("Definition", "Instances"):
         if not isinstance(data, dict) or key not in data:
-            raise DataError(f"{path} has no key '{key}'; a SuperNI file has Definition and Instances.")
+            raise DataError(f"{place} has no key '{key}'; a SuperNI file has Definition and Instances.")
     lines = [data["Definition"]] if isinstance(data["Definition"], str) else data["Definition"]
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise DataError(f"{path}: 'Definition' is {str(lines)[:60]!r}, not a string or a list of strings.")
+        raise DataError(f"{place}: 'Definition' is {_quoted(lines)}, not a string or a list of strings.")
     for line in lines:
-        check_text(line, "'Definition'", str(path))
+        check_text(line, "'Definition'", place)
     if not isinstance(data["Instances"], list):
-        raise DataError(f"{path}: 'Instances' is a {type(data['Instances']).__name__}, not a list.")
-    instances = [_instance(row, f"{path}, instance {index}") for index, row in enumerate(data["Instances"])]
+        raise DataError(f"{place}: 'Instances' is a {type(data['Instances']).__name__}, not a list.")
+    instances = [_instance(row, f"{place}, instance {index}") for index, row in enumerate(data["Instances"])]
     kept = [(text, output) for text, output in instances if output]
     if len(kept) < len(instances):
         logger.warning(
-            f"{path}: left out {len(instances) - len(kept)} of {len(instances)} instances whose output is empty."
+            f"{place}: left out {len(instances) - len(kept)} of {len(instances)} instances whose output is empty."
         )
     return "\n".join(line.strip() for line in lines), kept
 
@@ -133,7 +133,7 @@ def _instance(row: Any, place: str) -> tuple[str, str]:
         output = output[0] if output else ""
     for key, value in (("input", text), ("output", output)):
         if not isinstance(value, str):
-            raise DataError(f"{place}: '{key}' is {str(value)[:60]!r}, a {type(value).__name__}, not a string.")
+            raise DataError(f"{place}: '{key}' is {_quoted(value)}, a {type(value).__name__}, not a string.")
         check_text(value, f"'{key}'", place)
     if not text.strip():
         raise DataError(f"{place} has an empty 'input'; fill it or remove the instance.")
@@ -141,21 +141,23 @@ def _instance(row: Any, place: str) -> tuple[str, str]:
     return text.strip(), re.sub(r"^ (?!\s)", "", output.rstrip())
 
 
+def _quoted(value: Any) -> str:
+    return shown(value if isinstance(value, str) else shown(value), 60)
+
+
 def _sample(start: str, text: str, question: str, output: str) -> dict[str, str]:
     return {"prompt": f"{start}{text}\n{question}", "answer": output, "instruction": start}
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno} is not JSON ({error.msg} at column {error.colno}).") from error
-
-
 FORMATS: dict[str, Reader] = {
-    "jsonl": _read_jsonl,
+    "jsonl": _read_tables,
+    "csv": _read_tables,
+    "parquet": _read_tables,
     "trace": _read_trace,
     "superni": _read_superni,
     "long_sequence": _read_long_sequence,
 }
 """The formats by name."""
+
+SUFFIXES: dict[str, tuple[str, ...]] = {"jsonl": TABLE_SUFFIXES, "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
+"""How the files of a format end that has a row a sample; those of the others are .json."""

@@ -7,12 +7,14 @@ recipe can be checked before anything is loaded. Imports `seekr_peft.errors` and
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from seekr_peft.errors import DataError
-from seekr_peft.tasks.formats import FORMATS
+from seekr_peft.errors import DataError, listed, shown
+from seekr_peft.tasks.files import named
+from seekr_peft.tasks.formats import FORMATS, SUFFIXES
 from seekr_peft.tasks.samples import check_name, dataset_of, suggestion
 from seekr_peft.tasks.task import Task
 
@@ -46,7 +48,8 @@ def read_tasks(
 
     | format | files of a task | metric |
     |---|---|---|
-    | jsonl | NAME/train.jsonl, NAME/test.jsonl, or NAME.train.jsonl, NAME.test.jsonl | accuracy |
+    | jsonl | NAME/train.jsonl, NAME/test.jsonl, or NAME.train.jsonl, NAME.test.jsonl; .csv, .tsv, .parquet | accuracy |
+    | csv, parquet | the same, but only files of that kind are looked at | accuracy |
     | trace | NAME/{train,test}.json, lists of {prompt, answer} | see below |
     | superni | NAME/{train,test}.json with Definition and Instances | rougeL |
     | long_sequence | as superni, and labels.json, the possible answers | accuracy |
@@ -92,16 +95,20 @@ def find_task_problems(format: str, path: str | Path, order: Sequence[str] | Non
     if format not in FORMATS:
         known_formats = (*FORMATS, MIXED)
         return [
-            f"The task format {format!r} is unknown; choose one of {', '.join(known_formats)}"
+            f"The task format {shown(format)} is unknown; choose one of {', '.join(known_formats)}"
             f"{suggestion(format, known_formats)}."
         ]
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [_path_problem(path)]
-    known = task_names(format, path)
+    try:
+        known = task_names(format, path)
+    except OSError as error:
+        return [f"The folder '{named(path)}' cannot be read: {error.strerror or error}."]
     if not known:
         return [
-            f"The folder '{path}' holds no tasks of the format '{format}'; expected files such as {_example(format)}."
+            f"The folder '{named(path)}' holds no tasks of the format '{format}'; expected files such as "
+            f"{_example(format)}."
         ]
     names = known if order is None else list(order)
     if not names:
@@ -109,10 +116,11 @@ def find_task_problems(format: str, path: str | Path, order: Sequence[str] | Non
     problems = []
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
-            problems.append(f"The task '{name}' is {names.count(name)} times in the order.")
+            problems.append(f"The task {_quoted(name)} is {names.count(name)} times in the order.")
         if name not in known:
             problems.append(
-                f"The task '{name}' is not in '{path}'; it holds {', '.join(known)}{suggestion(name, known)}."
+                f"The task {_quoted(name)} is not in '{named(path)}'; it holds "
+                f"{listed(known)}{suggestion(name, known)}."
             )
         else:
             problems += _file_problems(format, path, name)
@@ -126,19 +134,31 @@ def _mixed_problems(path: Path, order: Sequence[str] | None) -> list[str]:
     for entry in order:
         own, _, name = entry.partition("/")
         if own not in FORMATS or not name:
-            problems.append(f"The task '{entry}' must be named FORMAT/NAME with a FORMAT of {', '.join(FORMATS)}.")
+            problems.append(
+                f"The task {_quoted(entry)} must be named FORMAT/NAME with a FORMAT of {', '.join(FORMATS)}."
+            )
         else:
             problems += find_task_problems(own, path / own, [name])
     names = [entry.partition("/")[2] for entry in order]
     twice = sorted({name for name in names if names.count(name) > 1})
-    return problems + [f"The task name '{name}' comes {names.count(name)} times in the order." for name in twice]
+    return problems + [f"The task name {_quoted(name)} comes {names.count(name)} times in the order." for name in twice]
 
 
 def _path_problem(path: Path) -> str:
-    if path.exists():
-        return f"The task path '{path}' is a file; give the folder that holds the tasks."
-    parent = next(folder for folder in path.resolve().parents if folder.is_dir())
-    return f"The task path '{path}' is not there; the nearest folder that exists is '{parent}'."
+    if os.path.exists(path):
+        return f"The task path '{named(path)}' is a file; give the folder that holds the tasks."
+    parent = next(folder for folder in Path(os.path.realpath(_writable(path))).parents if os.path.isdir(folder))
+    return f"The task path '{named(path)}' is not there; the nearest folder that exists is '{named(parent)}'."
+
+
+def _writable(path: Path) -> str:
+    """The path without the character that no file name can have."""
+    return str(path).partition("\0")[0]
+
+
+def _quoted(name: object) -> str:
+    """A task's name as a message has it; it may be no string in a recipe."""
+    return f"'{named(name)}'" if isinstance(name, str) else shown(name)
 
 
 def _file_problems(format: str, path: Path, name: str) -> list[str]:
@@ -149,32 +169,54 @@ def _file_problems(format: str, path: Path, name: str) -> list[str]:
         problems.append(str(error))
     for split in _SPLITS:
         candidates = _candidates(format, path, name, split)
-        if not any(candidate.is_file() for candidate in candidates):
-            problems.append(f"The task '{name}' has no {split} samples: '{candidates[0]}' is not there; add it.")
+        found = [candidate for candidate in candidates if os.path.isfile(candidate)]
+        if not found:
+            problems.append(
+                f"The task {_quoted(name)} has no {split} samples: {_absence(candidates)}; add it as a file."
+            )
+        if len(found) > 1:
+            problems.append(
+                f"The task {_quoted(name)} has its {split} samples more than once: '{named(found[0])}' and "
+                f"'{named(found[1])}'; keep one of them."
+            )
     labels = path / name / "labels.json"
-    if format == "long_sequence" and not labels.is_file():
-        problems.append(f"The task '{name}' has no list of its answers: '{labels}' is not there; add it.")
+    if format == "long_sequence" and not os.path.isfile(labels):
+        problems.append(f"The task {_quoted(name)} has no list of its answers: {_absence([labels])}; add it as a file.")
     return problems
+
+
+def _absence(candidates: Sequence[Path]) -> str:
+    """That none of the files is there, or what is in the place of one."""
+    other = next((candidate for candidate in candidates if os.path.lexists(candidate)), None)
+    if other is None:
+        return f"'{named(candidates[0])}' is not there"
+    return f"'{named(other)}' is no file that can be read, but a {_kind_of(other)}"
+
+
+def _kind_of(path: Path) -> str:
+    return "folder" if os.path.isdir(path) else "link to nothing" if os.path.islink(path) else "pipe or a device"
 
 
 def _candidates(format: str, path: Path, name: str, split: str) -> list[Path]:
     """Where the samples of a split may lie, best first."""
-    if format == "jsonl":
-        return [path / name / f"{split}.jsonl", path / f"{name}.{split}.jsonl"]
-    return [path / name / f"{split}.json"]
+    if format not in SUFFIXES:
+        return [path / name / f"{split}.json"]
+    ends = [f"{split}{suffix}" for suffix in SUFFIXES[format]]
+    return [place for end in ends for place in (path / name / end, path / f"{name}.{end}")]
 
 
 def task_names(format: str, path: Path) -> list[str]:
     """Names of which at least one split is there, sorted."""
     names: set[str] = set()
-    for entry in path.iterdir():
-        names.update(entry.name.removesuffix(f".{split}.jsonl") for split in _SPLITS)
+    ends = [f".{split}{suffix}" for split in _SPLITS for suffix in SUFFIXES.get(format, ())]
+    for entry in os.listdir(path):
+        names.update({entry, *(entry.removesuffix(end) for end in ends)})
     return sorted(name for name in names if _has_samples(format, path, name))
 
 
 def _has_samples(format: str, path: Path, name: str) -> bool:
     files = [file for split in _SPLITS for file in _candidates(format, path, name, split)]
-    return any(file.is_file() for file in files)
+    return any(os.path.isfile(file) for file in files)
 
 
 def _default_order(format: str, names: list[str]) -> list[str]:
@@ -185,18 +227,22 @@ def _default_order(format: str, names: list[str]) -> list[str]:
 
 
 def _example(format: str) -> str:
-    return "NAME/train.jsonl or NAME.train.jsonl" if format == "jsonl" else "NAME/train.json"
+    suffix = SUFFIXES.get(format, ("",))[0]
+    return f"NAME/train{suffix} or NAME.train{suffix}" if suffix else "NAME/train.json"
 
 
 def _read_task(format: str, path: Path, name: str, limits: Mapping[str, int | None], seed: int) -> Task:
     files = {
-        split: next(file for file in _candidates(format, path, name, split) if file.is_file()) for split in _SPLITS
+        split: next(file for file in _candidates(format, path, name, split) if os.path.isfile(file))
+        for split in _SPLITS
     }
     samples, metric, choices = FORMATS[format](name, files)
     datasets = {}
     for split in _SPLITS:
         if not samples[split]:
-            raise DataError(f"{files[split]} has no usable samples; task '{name}' needs at least one for {split}ing.")
+            raise DataError(
+                f"{named(files[split])} has no usable samples; task '{name}' needs at least one for {split}ing."
+            )
         chosen = _subsample(len(samples[split]), limits[split], f"{seed}/{name}/{split}")
         datasets[split] = dataset_of([samples[split][index] for index in chosen])
     return Task(name, datasets["train"], datasets["test"], metric=metric, choices=choices)

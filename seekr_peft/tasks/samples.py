@@ -1,20 +1,21 @@
 """One sample of a task: finding its texts in a row, and refusing what is no sample.
 
 Every refusal names the place: file and line, or task, split and index. Imports
-`seekr_peft.errors`, `seekr_peft.inputs` and `tasks.text`; `datasets` inside functions.
+`seekr_peft.errors`, `seekr_peft.inputs`, `tasks.files` and `tasks.text`; `datasets` inside functions.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError
-from seekr_peft.inputs import check_media
+from seekr_peft.errors import DataError, listed, shown
+from seekr_peft.inputs import check_media, why_no_rows
+from seekr_peft.json_text import parse_json
+from seekr_peft.tasks.files import Table, label_names
 from seekr_peft.tasks.text import Conversation
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ Field = str | Callable[[Mapping[str, Any]], Any]
 """Where a sample's text comes from: a key (column) of the row, or a function of the row."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LONGEST_NAME = 200
+"""Characters of a task's name: file names have 255 at most, and a run adds a number and an ending."""
+_LONGEST_NAME_TO_COMPARE = 100
+_LONGEST_PLACE = 400
+_DEEPEST = 64
+"""Levels of lists and objects within a row."""
 
 
 def check_name(name: str) -> None:
@@ -31,26 +38,27 @@ def check_name(name: str) -> None:
 
     Raises:
         DataError: `name` is no string, has another character than letters, digits, '.', '_', '-',
-            or is '.' or '..'.
+            or is '.' or '..', or is longer than `LONGEST_NAME`.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", "..") or len(name) > LONGEST_NAME:
         raise DataError(
-            f"The task name {name!r} cannot be a folder name; "
-            "use letters, digits, '.', '_' and '-' only, and not '.' or '..'."
+            f"The task name {shown(name)} cannot be a folder name; "
+            f"use letters, digits, '.', '_' and '-' only, {LONGEST_NAME} at most, and not '.' or '..'."
         )
 
 
-def _rename(field: str, row: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(field, [str(key) for key in row], n=1)
-    return f"rename {close[0]!r} to {field!r}, " if close else ""
+def _closest(name: Any, known: Iterable[Any]) -> str | None:
+    """The known name that resembles another one most; long texts, which take long to compare, resemble none."""
+    lowered = {str(each).lower(): str(each) for each in known if len(str(each)) <= _LONGEST_NAME_TO_COMPARE}
+    wanted = str(name).lower()
+    close = difflib.get_close_matches(wanted[: _LONGEST_NAME_TO_COMPARE + 1], list(lowered), n=1)
+    return lowered[close[0]] if close else None
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """ " (did you mean 'name'?)" for a misspelt name that resembles a known one, else ''."""
-    known = list(known)
-    lowered = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(str(name).lower(), list(lowered), n=1)
-    return f" (did you mean {lowered[close[0]]!r}?)" if close else ""
+    close = _closest(name, known)
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 def check_text(text: str, what: str, place: str) -> str:
@@ -63,10 +71,65 @@ def check_text(text: str, what: str, place: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}: {what} has at character {error.start} {text[error.start]!r}, half of a surrogate pair, which is "
-            f"no character and cannot be written as UTF-8; replace it, or mend what cut the text."
+            f"{place}: {what} has at character {error.start} {shown(text[error.start])}, half of a surrogate pair, "
+            f"which is no character and cannot be written as UTF-8; replace it, or mend what cut the text."
         ) from error
     return text
+
+
+def table_of(rows: Any, place: str) -> Table:
+    """The rows of a list or a data set; the index of each follows `place`.
+
+    Raises:
+        DataError: they are no rows, but a set of splits, columns, a path, or nothing.
+    """
+    why = why_no_rows(rows)
+    if why:
+        raise DataError(f"{place} is {why}")
+    numbered = ((f"{place} row {index}", row) for index, row in enumerate(rows))
+    return Table(numbered, label_names(getattr(rows, "features", None)))
+
+
+def checked_rows(
+    table: Table, prompt: Field = "prompt", answer: Field = "answer", instruction: Field | None = "instruction"
+) -> list[dict[str, str]]:
+    """The sample of each row, see `checked_row`; the number of a label is its name where the table has one."""
+    asked = {field for field in (prompt, answer, instruction, "completion") if isinstance(field, str)}
+    names = {column: own for column, own in table.label_names.items() if column in asked}
+    return [
+        checked_row(_with_label_names(row, names, place), place, prompt, answer, instruction)
+        for place, row in table.rows
+    ]
+
+
+def _with_label_names(row: Any, names: Mapping[str, Sequence[str]], place: str) -> Any:
+    if not names or not isinstance(row, Mapping):
+        return row
+    return {key: _label_name(value, names[key], key, place) if key in names else value for key, value in row.items()}
+
+
+def _label_name(value: Any, names: Sequence[str], column: str, place: str) -> Any:
+    if not hasattr(value, "__index__"):
+        return value
+    number = value.__index__()
+    if not 0 <= number < len(names):
+        why = "which stands for no label" if number == -1 else f"but there are {len(names)} labels"
+        raise DataError(
+            f"{place}: {_brief(column)} is {_brief(number)}, {why}; leave such rows out, or take a "
+            f"split that has labels (a test split is often published without: test=dataset['validation'])."
+        )
+    return names[number]
+
+
+def plain(value: Any) -> Any:
+    """Python's own text, number or list in place of one of numpy, pandas, pyarrow or torch."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if hasattr(value, "as_py"):
+        return plain(value.as_py())
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def checked_row(
@@ -86,6 +149,7 @@ def checked_row(
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{place} is {_brief(row)}, not an object with the keys of a sample.")
+    _check_depth(row, place)
     check_media({key: value for key, value in row.items() if key not in (prompt, answer, instruction)}, place)
     if answer == "answer" and "answer" not in row and "completion" in row:
         answer = "completion"
@@ -121,50 +185,42 @@ def dataset_of(samples: Iterable[Mapping[str, str]]) -> Dataset:
     return Dataset.from_dict(data, features=Features({name: Value("string") for name in columns}))
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for each line of a JSON-lines file; blank lines are skipped.
-
-    Raises:
-        DataError: the file is not there or not UTF-8, or a line is no JSON; names file and line.
-    """
-    path = Path(path)
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): {_brief(line)}."
-            ) from error
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text (a byte-order mark is dropped), or a DataError that names the file."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+def _check_depth(row: Any, place: str) -> None:
+    """Refuse what is nested so deeply, or holds itself, that looking through it would not end well."""
+    ahead = [(row, 0)]
+    while ahead:
+        value, depth = ahead.pop()
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        if inner and depth >= _DEEPEST:
+            raise DataError(f"{place} is nested more than {_DEEPEST} levels deep; a sample is a flat object of texts.")
+        ahead += [(each, depth + 1) for each in inner]
 
 
 def _value(row: Mapping[str, Any], field: Field, role: str, place: str) -> Any:
     if callable(field):
-        return field(row)
+        return plain(field(row))
     if field in row:
-        return row[field]
-    present = ", ".join(map(repr, row)) or "none"
+        return plain(row[field])
+    close = _closest(field, row)
+    rename = f"rename {close!r} to {field!r}, " if close else ""
     raise DataError(
-        f"{place} has no key {field!r}, the {role}, but {present}; "
-        f"{_rename(field, row)}add it, or name the key that holds the {role}."
+        f"{place} has no key {shown(field, 60)}, the {role}, but {listed(map(shown, row))}; "
+        f"{rename}add it, or name the key that holds the {role}."
     )
 
 
 def _checked_string(value: Any, what: str, place: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {what} is {_brief(value)}, not a string; convert it to text.")
+        raise DataError(f"{place}: {what} is {_brief(value)}, not a string; {_how_to_text(value)}.")
     return check_text(value, what, place)
+
+
+def _how_to_text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "fill it or remove the row"
+    if isinstance(value, int):
+        return "convert it to text (of a label, its name: answer=lambda row: names[row['label']])"
+    return "decode it" if isinstance(value, bytes) else "convert it to text"
 
 
 def _text(row: Mapping[str, Any], field: Field, role: str, place: str) -> str:
@@ -174,38 +230,54 @@ def _text(row: Mapping[str, Any], field: Field, role: str, place: str) -> str:
 def _prompt(row: Mapping[str, Any], field: Field, place: str) -> str | Conversation:
     if row.get("prompt_messages") and isinstance(row["prompt_messages"], str):
         # A sample of a task that is read once more.
-        return Conversation.from_json(row["prompt_messages"])
-    value, label = _value(row, field, "prompt", place), _label(field, "prompt")
+        known = Conversation.from_json(row["prompt_messages"], place)
+        asked = {"tools": known.tools, "chat_template_kwargs": known.settings}
+        return _conversation(list(known.messages), asked, "'prompt_messages'", place)
+    value, label = _listed_messages(_value(row, field, "prompt", place)), _label(field, "prompt")
     if not isinstance(value, list):
         return _checked_string(value, label, place)
-    if not value:
+    return _conversation(value, row, label, place)
+
+
+def _conversation(messages: list[Any], row: Mapping[str, Any], label: str, place: str) -> Conversation:
+    if not messages:
         raise DataError(f"{place}: {label} is a list without messages; give one at least.")
-    messages = [_message(message, f"{place}: message {index} of {label}") for index, message in enumerate(value)]
-    return Conversation(messages, _tools(row, place), _template_settings(row, place))
+    checked = [_message(message, f"{place}: message {index} of {label}") for index, message in enumerate(messages)]
+    return Conversation(checked, _tools(row, place), _template_settings(row, place))
+
+
+def _listed_messages(value: Any) -> Any:
+    """Messages one by one; a column of sequences has them as {'role': all roles, 'content': all contents}."""
+    if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
+        return value
+    columns = {key: plain(own) for key, own in value.items()}
+    if not all(isinstance(own, list) and len(own) == len(columns["role"]) for own in columns.values()):
+        return value
+    return [dict(zip(columns, own, strict=True)) for own in zip(*columns.values(), strict=True)]
 
 
 def _answer(row: Mapping[str, Any], field: Field, place: str) -> str:
-    value, label = _value(row, field, "answer", place), _label(field, "answer")
+    value, label = _listed_messages(_value(row, field, "answer", place)), _label(field, "answer")
     if not isinstance(value, list):
         return _checked_string(value, label, place)
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in value]
     if roles != ["assistant"]:
+        authors = listed(map(_brief, roles)) if roles else "nobody"
         raise DataError(
-            f"{place}: {label} is a list of messages by {', '.join(map(repr, roles)) or 'nobody'}; it must be the "
-            f"assistant's one message, or a string."
+            f"{place}: {label} is a list of messages by {authors}; it must be the assistant's one message, or a string."
         )
     for key, beside in value[0].items():
         if key not in ("role", "content", "name", "weight") and beside:
             raise DataError(
-                f"{place}: the assistant's message in {label} has {key!r}, which would not be trained: an answer is "
-                f"the text in its content; write it there as the model is to write it."
+                f"{place}: the assistant's message in {label} has {_brief(key)}, which would not be trained: an answer "
+                f"is the text in its content; write it there as the model is to write it."
             )
-    return _checked_string(value[0].get("content"), f"'content' of {label}", place)
+    return _checked_string(plain(value[0].get("content")), f"'content' of {label}", place)
 
 
 def _split_messages(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The row with prompt and answer instead of messages."""
-    messages = row["messages"]
+    messages = _listed_messages(plain(row["messages"]))
     if not isinstance(messages, list) or len(messages) < 2:
         raise DataError(
             f"{place}: 'messages' is {_brief(messages)}; it must be a list of two messages or more, the last of which "
@@ -215,13 +287,14 @@ def _split_messages(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     role = last.get("role") if isinstance(last, Mapping) else None
     if role != "assistant":
         raise DataError(
-            f"{place}: 'messages' ends with a message by {role!r}; it must end with the assistant's answer."
+            f"{place}: 'messages' ends with a message by {_brief(role)}; it must end with the assistant's answer."
         )
     return {**row, "prompt": messages[:-1], "answer": messages[-1:]}
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
     """A message as the chat template gets it; keys without a value, as columns of a Dataset have, are left out."""
+    message = plain(message)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise DataError(f"{place} is {_brief(message)}; it must be an object with role and content.")
     if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
@@ -231,12 +304,15 @@ def _message(message: Any, place: str) -> dict[str, Any]:
 
 
 def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
-    tools = row.get("tools")
+    tools = plain(row.get("tools"))
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError:
-            raise DataError(f"{place}: 'tools' is {_brief(row['tools'])}, not a list, nor JSON of one.") from None
+            tools = parse_json(tools, f"{place}: 'tools'")
+        except DataError as error:
+            raise DataError(
+                f"{place}: 'tools' is {_brief(row['tools'])}, not a list, nor JSON of one ({error})."
+            ) from None
+        _check_depth(tools, f"{place}: 'tools'")
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{place}: 'tools' is {_brief(tools)}, not a list, nor JSON of one.")
     return _checked_tree(tools, f"{place}: 'tools'") or None
@@ -255,15 +331,17 @@ def _template_settings(row: Mapping[str, Any], place: str) -> dict[str, Any] | N
 
 def _checked_tree(value: Any, place: str) -> Any:
     """Plain JSON values with every text in them checked."""
+    value = plain(value)
     if isinstance(value, str):
         return check_text(value, "a text", place)
     if isinstance(value, Mapping):
         return {
-            check_text(str(key), "a key", place): _checked_tree(own, f"{place}, {key!r}") for key, own in value.items()
+            check_text(str(key), "a key", place): _checked_tree(own, f"{place}, {_brief(key, 30)}"[:_LONGEST_PLACE])
+            for key, own in value.items()
         }
     if isinstance(value, list):
         return [_checked_tree(own, place) for own in value]
-    if value is None or isinstance(value, int | float):
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise DataError(f"{place} holds {_brief(value)}, a {type(value).__name__}, which is no JSON; convert it to text.")
 
@@ -278,9 +356,8 @@ def _instruction(row: Mapping[str, Any], field: Field | None, place: str) -> str
 
 def _label(field: Field, role: str) -> str:
     """How a message calls the text of a sample: its role, and its key where that differs."""
-    return f"{role} (key {field!r})" if isinstance(field, str) and field != role else repr(role)
+    return f"{role} (key {_brief(field)})" if isinstance(field, str) and field != role else repr(role)
 
 
 def _brief(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return shown(value, limit)

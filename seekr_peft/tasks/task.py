@@ -1,8 +1,8 @@
 """One task of a sequence: its name, its training and test samples, and how answers are scored.
 
-`Task` is made from records, JSON-lines files or Hugging Face datasets. Imports `seekr_peft.errors`,
-`tasks.samples`, `tasks.text` and `tasks.tokenize`; `datasets` only inside functions, so that reading a recipe
-stays cheap.
+`Task` is made from records, files of rows or Hugging Face datasets. Imports `seekr_peft.errors`, `tasks.files`,
+`tasks.samples`, `tasks.text` and `tasks.tokenize`; `datasets` only inside functions, so that reading a
+recipe stays cheap.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError
+from seekr_peft.errors import DataError, cut, listed, shown
+from seekr_peft.tasks.files import named, read_rows
 from seekr_peft.tasks.samples import (
     Field,
     check_name,
     check_text,
-    checked_row,
+    checked_rows,
     dataset_of,
-    read_json_lines,
     suggestion,
+    table_of,
 )
 from seekr_peft.tasks.text import Conversation, Prompt, TextCodec
 from seekr_peft.tasks.tokenize import SampleTokens, prepare_tokenizer
@@ -47,7 +48,8 @@ class Task:
             part of the prompt, which truncation keeps ('' where a sample has none), and
             'prompt_messages': the prompt as messages (JSON; '' where it is plain text), which the tokenizer's
             chat template writes; 'prompt' is then for people to read.
-        test: the same columns; it stays text, since generation tokenises it.
+        test: the same columns; it stays text, since generation tokenises it. None: the task can be trained, and
+            what needs test samples refuses it by name.
         metric: one of `METRICS`.
         choices: the possible answers of a classification task, or None.
         cut: training samples that tokenisation shortened; None before `tokenized`.
@@ -59,7 +61,7 @@ class Task:
 
     name: str
     train: Dataset
-    test: Dataset
+    test: Dataset | None = None
     metric: str = "accuracy"
     choices: Sequence[str] | None = None
     cut: int | None = None
@@ -69,20 +71,21 @@ class Task:
         check_name(self.name)
         if self.metric not in METRICS:
             raise DataError(
-                f"Task '{self.name}' has the metric {self.metric!r}, which is unknown; "
+                f"Task '{self.name}' has the metric {shown(self.metric)}, which is unknown; "
                 f"choose one of {', '.join(METRICS)}{suggestion(self.metric, METRICS)}."
             )
         if self.choices is not None:
             object.__setattr__(self, "choices", _checked_choices(self.name, self.choices))
         _check_columns(self.name, "train", self.train)
-        _check_columns(self.name, "test", self.test)
+        if self.test is not None:
+            _check_columns(self.name, "test", self.test)
 
     @classmethod
     def from_records(
         cls,
         name: str,
-        train: Iterable[Mapping[str, Any]],
-        test: Iterable[Mapping[str, Any]],
+        train: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
+        test: Iterable[Mapping[str, Any]] | None = None,
         prompt: Field = "prompt",
         answer: Field = "answer",
         instruction: Field | None = "instruction",
@@ -97,6 +100,9 @@ class Task:
         turns of the assistant are not trained. 'tools' goes to the template as well.
 
         Args:
+            train: the rows, or, without `test`, both splits by name, as a DatasetDict has them: 'train', and 'test' or
+                else 'validation'.
+            test: the rows to evaluate on; None: there are none, and the task can only be trained.
             prompt, answer: the key of the text in a row, or a function from the row to the text.
             instruction: likewise, for the leading part of the prompt; rows without it have none.
                 None ignores such a column.
@@ -106,65 +112,93 @@ class Task:
                 written as UTF-8; messages that are none; the message names task, split, index and key.
         """
         check_name(name)
+        if test is None:
+            train, test = _parted(train)
         fields = (prompt, answer, instruction)
         splits = [
-            dataset_of(
-                checked_row(row, f"Task '{name}', {split} row {index}", *fields) for index, row in enumerate(rows)
-            )
+            None if rows is None else dataset_of(checked_rows(table_of(rows, f"Task '{name}', {split}"), *fields))
             for split, rows in (("train", train), ("test", test))
         ]
         return cls(name, splits[0], splits[1], metric=metric, choices=choices)
 
     @classmethod
-    def from_jsonl(
+    def from_files(
         cls,
         name: str,
         train_path: str | Path,
-        test_path: str | Path,
+        test_path: str | Path | None = None,
         prompt: Field = "prompt",
         answer: Field = "answer",
         instruction: Field | None = "instruction",
         metric: str = "accuracy",
         choices: Sequence[str] | None = None,
     ) -> Task:
-        """Make a task from two files of one JSON object a line; arguments as in `from_records`.
+        """Make a task from files of samples; other arguments as in `from_records`.
+
+        A file's name says what it is: .csv and .tsv (UTF-8; the first line names the columns; every value is text as it
+        is written), .parquet, .json (a list of objects); any other has a JSON object a line.
 
         Raises:
             DataError: a missing file, or a bad line; the message names file, line and key.
         """
         check_name(name)
         fields = (prompt, answer, instruction)
-        splits = [
-            dataset_of(checked_row(row, place, *fields) for place, row in read_json_lines(path))
-            for path in (train_path, test_path)
-        ]
-        return cls(name, splits[0], splits[1], metric=metric, choices=choices)
+        train, test = (None if path is None else _read_split(path, fields) for path in (train_path, test_path))
+        return cls(name, train, test, metric=metric, choices=choices)
 
     @classmethod
-    def from_dataset(
+    def from_jsonl(
         cls,
         name: str,
-        train: Dataset,
-        test: Dataset,
+        train_path: str | Path,
+        test_path: str | Path | None = None,
         prompt: Field = "prompt",
         answer: Field = "answer",
         instruction: Field | None = "instruction",
         metric: str = "accuracy",
         choices: Sequence[str] | None = None,
     ) -> Task:
-        """Make a task from two Hugging Face datasets; arguments as in `from_records`.
+        """`from_files`, most of whose files have a JSON object a line."""
+        return cls.from_files(name, train_path, test_path, prompt, answer, instruction, metric, choices)
 
-        A label that is a number becomes text through a function, as in
+    @classmethod
+    def from_dataset(
+        cls,
+        name: str,
+        train: Dataset | Mapping[str, Dataset],
+        test: Dataset | None = None,
+        prompt: Field = "prompt",
+        answer: Field = "answer",
+        instruction: Field | None = "instruction",
+        metric: str = "accuracy",
+        choices: Sequence[str] | None = None,
+    ) -> Task:
+        """Make a task from Hugging Face datasets, or from a DatasetDict; arguments as in `from_records`.
+
+        A column of labels (ClassLabel) gives their names. Any other number becomes text through a function, as in
         `answer=lambda row: names[row["label"]]`.
 
         Raises:
-            DataError: as `from_records`.
+            DataError: as `from_records`, or a row without a label (-1).
         """
         return cls.from_records(name, train, test, prompt, answer, instruction, metric, choices)
 
+    def test_set(self) -> Dataset:
+        """The test samples.
+
+        Raises:
+            DataError: the task has none.
+        """
+        if self.test is None:
+            raise DataError(
+                f"Task '{self.name}' has no test samples, so it can be trained but not evaluated; make it with a test "
+                f"set, as in Task.from_records(name, train, test)."
+            )
+        return self.test
+
     def as_chat(self) -> Task:
         """The same task with each plain prompt as a user's message, which the tokenizer's chat template writes."""
-        return replace(self, train=_as_chat(self.train), test=_as_chat(self.test))
+        return replace(self, train=_as_chat(self.train), test=None if self.test is None else _as_chat(self.test))
 
     def check_texts(self, tokenizer: Any) -> None:
         """Find what `tokenized` would refuse in the training samples, which is quicker than tokenising them.
@@ -246,6 +280,9 @@ class Task:
         """SHA-256 over the texts of both splits, in order: the same data, the same fingerprint."""
         digest = hashlib.sha256(self.metric.encode())
         for split in (self.train, self.test):
+            if split is None:
+                digest.update(b"null")
+                continue
             for column in ("prompt", "answer", "instruction"):
                 texts = list(split[column]) if column in split.column_names else []
                 digest.update(json.dumps(texts).encode())
@@ -281,15 +318,29 @@ def _as_chat(dataset: Dataset) -> Dataset:
     return dataset_of(rows)
 
 
+def _read_split(path: str | Path, fields: tuple[Field, Field, Field | None]) -> Dataset:
+    samples = checked_rows(read_rows(path), *fields)
+    if not samples:
+        raise DataError(f"{named(path)} has no samples; a split needs at least one.")
+    return dataset_of(samples)
+
+
+def _parted(rows: Any) -> tuple[Any, Any]:
+    """The training and the test split of a mapping that has splits; anything else is the training split."""
+    if not isinstance(rows, Mapping) or "train" not in rows:
+        return rows, None
+    return rows["train"], rows.get("test", rows.get("validation"))
+
+
 def _checked_choices(name: str, choices: Sequence[str]) -> tuple[str, ...]:
-    values = () if isinstance(choices, str) else tuple(choices)
+    values = tuple(choices) if isinstance(choices, Iterable) and not isinstance(choices, str) else ()
     good = all(isinstance(choice, str) and choice.strip() for choice in values)
     if not values or not good or len(set(values)) < len(values):
         raise DataError(
-            f"Task '{name}' has the choices {choices!r}; give a list of different, non-empty strings, or None."
+            f"Task '{name}' has the choices {shown(choices)}; give a list of different, non-empty strings, or None."
         )
     for choice in values:
-        check_text(choice, f"the choice {choice!r}", f"Task '{name}'")
+        check_text(choice, f"the choice {shown(choice, 60)}", f"Task '{name}'")
     return values
 
 
@@ -297,20 +348,22 @@ def _check_columns(name: str, split: str, dataset: Dataset) -> None:
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list):
         raise DataError(
-            f"Task '{name}': {split} is a {type(dataset).__name__}, not a datasets.Dataset; "
-            "use Task.from_records, Task.from_jsonl or Task.from_dataset."
+            f"Task '{name}': {split} is {'None' if dataset is None else f'a {type(dataset).__name__}'}, not a "
+            "datasets.Dataset; use Task.from_records, Task.from_files or Task.from_dataset."
         )
     for column in ("prompt", "answer"):
         if column not in columns:
             raise DataError(
                 f"Task '{name}': {split} has no column {column!r} but "
-                f"{', '.join(columns) or 'none'}; "
+                f"{listed(columns)}; "
                 f"name it with Task.from_dataset(..., {column}=...)."
             )
         kind = str(getattr(dataset.features[column], "dtype", dataset.features[column]))
+        labels = type(dataset.features[column]).__name__ == "ClassLabel"
+        advice = "use Task.from_dataset, which takes the labels' names" if labels else "convert it to strings"
         if len(dataset) and kind not in ("string", "large_string"):
             raise DataError(
-                f"Task '{name}': the column {column!r} of {split} holds {kind}, not text; convert it to strings."
+                f"Task '{name}': the column {column!r} of {split} holds {cut(kind, 60)}, not text; {advice}."
             )
     if len(dataset) == 0:
         raise DataError(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from seekr_peft.errors import DataError
+from seekr_peft.errors import DataError, cut, shown
 
 _WHITESPACE_AT_END = re.compile(r"\s+$")
 _SPACES_AT_END = re.compile(r"[^\S\r\n]+$")
@@ -56,19 +56,27 @@ class Conversation:
         return json.dumps(parts, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Conversation:
+    def from_json(cls, text: str, place: str = "") -> Conversation:
         """What `to_json` wrote.
+
+        Args:
+            place: begins the message.
 
         Raises:
             DataError: it is something else.
         """
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"The column 'prompt_messages' holds {text[:60]!r}, which is not the messages of a task's prompt; "
-                f"rename the column, or give the messages as a list in 'messages'."
-            ) from error
+            parts = json.loads(text)
+            messages = parts["messages"]
+            if isinstance(messages, list) and messages and all(isinstance(each["role"], str) for each in messages):
+                return cls(**parts)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        beginning = f"{place}: the" if place else "The"
+        raise DataError(
+            f"{beginning} column 'prompt_messages' holds {shown(text, 60)}, which is not the messages of a task's "
+            f"prompt; rename the column, or give the messages as a list in 'messages'."
+        )
 
     def readable(self) -> str:
         """The user's text where that is all, else a line 'role: content' a message."""
@@ -290,7 +298,7 @@ class TextCodec:
             )
         except Exception as error:
             # Templates are programs, and refuse what they do not know in many ways.
-            detail = " ".join(str(error).split())
+            detail = cut(" ".join(str(error).split()))
             raise DataError(
                 f"{place}: the tokenizer's chat template refuses the messages ({detail}); change them."
             ) from error
@@ -306,8 +314,8 @@ class TextCodec:
         text = self._rendered(question.conversation, answer, place)
         if not text.startswith(question.head):
             raise DataError(
-                f"{place}: the chat template writes another prompt for the answer {answer[:60]!r}, so the prompt that "
-                f"is asked would not be the one that is trained; use a template whose prompt is the same for all."
+                f"{place}: the chat template writes another prompt for the answer {shown(answer, 60)}, so the prompt "
+                f"that is asked would not be the one that is trained; use a template whose prompt is the same for all."
             )
         return text[len(question.head) :]
 
@@ -448,6 +456,6 @@ def _common(text: str, other: str) -> int:
 
 def _ended_early(place: str, answer: str, end: str) -> DataError:
     return DataError(
-        f"{place}: the answer {answer[:60]!r} holds {end!r}, the token at which an answer ends, so what follows could "
-        f"never be given; take it out (the end is put there by itself), or write it with other characters."
+        f"{place}: the answer {shown(answer, 60)} holds {shown(end, 60)}, the token at which an answer ends, so what "
+        f"follows could never be given; take it out (the end is put there by itself), or write it with others."
     )

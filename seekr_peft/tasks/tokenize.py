@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError
+from seekr_peft.errors import DataError, shown
 from seekr_peft.inputs import check_sample
 from seekr_peft.tasks.text import AnswerTokens, Prompt, Question, TextCodec, tokenizer_name
 
@@ -200,7 +200,7 @@ class AnswerCollator:
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
-            raise DataError(f"padding_side is {self.padding_side!r}; it must be 'left' or 'right'.")
+            raise DataError(f"padding_side is {shown(self.padding_side)}; it must be 'left' or 'right'.")
         if self.pad_token_id is None:
             raise DataError("pad_token_id is None; call prepare_tokenizer(tokenizer) first.")
 
@@ -257,5 +257,5 @@ class AnswerCollator:
 def _check_max_length(max_length: Any) -> None:
     if not isinstance(max_length, int) or max_length < SMALLEST_MAX_LENGTH:
         raise DataError(
-            f"max_length is {max_length!r}; it must be a whole number of tokens, {SMALLEST_MAX_LENGTH} or more."
+            f"max_length is {shown(max_length)}; it must be a whole number of tokens, {SMALLEST_MAX_LENGTH} or more."
         )
