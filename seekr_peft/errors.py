@@ -24,7 +24,11 @@ def printable(text: str) -> str:
 
 def shown(value: Any, limit: int = LONGEST_VALUE) -> str:
     """``repr(value)`` for a message: cut in the middle to ``limit`` characters, in bounded time whatever the value."""
-    text = _SHORT.repr(value)
+    return cut(_SHORT.repr(value), limit)
+
+
+def cut(text: str, limit: int = LONGEST_VALUE) -> str:
+    """``text`` cut in the middle to ``limit`` characters: for a key, a name or a library's words in a message."""
     half = (limit - 3) // 2
     return text if len(text) <= limit else f"{text[:half]}...{text[len(text) - half :]}"
 

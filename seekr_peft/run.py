@@ -33,7 +33,7 @@ from transformers import TrainingArguments, set_seed
 
 from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, read_costs, seconds_into
 from .devices import check_one_device
-from .errors import ConfigError, RunError, RunInUseError, SeekrError
+from .errors import ConfigError, RunError, RunInUseError, SeekrError, cut, shown
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room, warn_of_unreachable
 from .methods import ContinualMethod, get_method
@@ -234,7 +234,7 @@ class _Run:
                     trainer.train()
             except ImportError as error:
                 # A setting that only a training needs a package for.
-                raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+                raise ConfigError(f"training: {_in_one_line(error)}") from error
             finally:
                 meter.close()
         cost.other_seconds -= cost.train_seconds
@@ -282,7 +282,7 @@ class _Run:
             )
         except Exception as error:
             # Settings that exclude each other, values out of range, packages that are not installed.
-            raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"training: {_in_one_line(error)}") from error
 
     def _evaluate(self, model: Any, tokenizer: Any, seen: list[Task], max_length: int, matrix: AccuracyMatrix) -> None:
         after = seen[-1].name
@@ -510,7 +510,7 @@ def _difference(old: Any, new: Any, where: str = "") -> str:
             if found:
                 return found
         return ""
-    return "" if old == new or where == "output_dir" else f"{where} was {old!r}, now {new!r}"
+    return "" if old == new or where == "output_dir" else f"{where} was {shown(old)}, now {shown(new)}"
 
 
 @contextmanager
@@ -619,9 +619,13 @@ def _trainer(method: ContinualMethod, arguments: TrainingArguments, dataset: Any
     except (SeekrError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"training: {_in_one_line(error)}") from error
     _remove_printers(trainer)
     return trainer
+
+
+def _in_one_line(error: Exception) -> str:
+    return cut(" ".join(str(error).split()) or type(error).__name__, 500)
 
 
 def _remove_printers(trainer: Any) -> None:

@@ -17,7 +17,7 @@ SOURCE = Path(seekr_peft.__file__).parent
 # A module imports only from levels above its own line. Two names on one line do not know each other.
 LEVELS = [
     {"errors", "peak_memory", "library_settings", "method_names", "plain_lora"},
-    {"config", "progress", "costs", "devices", "divergence", "inputs"},
+    {"config", "progress", "costs", "devices", "divergence", "inputs", "yaml_text", "setting_rules"},
     {"heads"},
     {"attention", "tasks"},
     {"losses", "evaluation"},

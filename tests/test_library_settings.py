@@ -6,11 +6,18 @@ import dataclasses
 import enum
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from seekr_peft.library_settings import lora_settings, training_choices, training_settings
+from seekr_peft.library_settings import (
+    accelerator_settings,
+    compile_backends,
+    lora_settings,
+    report_integrations,
+    training_choices,
+    training_settings,
+)
 
 
 def fields_of(kind: Any) -> dict[str, Any]:
@@ -36,16 +43,28 @@ def test_every_field_and_every_plain_default_is_the_librarys(kind: str) -> None:
     assert numbers <= set(found), "numbers and truth values are what the recipe's checks look at"
 
 
-def test_the_choices_are_those_of_the_enumerations() -> None:
-    from transformers.trainer_utils import IntervalStrategy, SchedulerType
-    from transformers.training_args import OptimizerNames
+def enumeration_of(hint: Any) -> type[enum.Enum] | None:
+    found = [kind for kind in (hint, *get_args(hint)) for kind in (kind, *get_args(kind)) if isinstance(kind, type)]
+    return next((kind for kind in found if issubclass(kind, enum.Enum)), None)
 
-    kinds: dict[str, type[enum.Enum]] = {
-        "lr_scheduler_type": SchedulerType,
-        "optim": OptimizerNames,
-        "logging_strategy": IntervalStrategy,
-    }
-    assert training_choices() == {name: [member.value for member in kind] for name, kind in kinds.items()}
+
+def test_the_choices_are_those_of_the_enumerations() -> None:
+    from transformers import TrainingArguments
+
+    kinds = {name: enumeration_of(hint) for name, hint in get_type_hints(TrainingArguments).items()}
+    real = {name: [member.value for member in kind] for name, kind in kinds.items() if kind is not None}
+    assert {"lr_scheduler_type", "optim", "logging_strategy", "save_strategy", "debug"} <= set(real)
+    assert training_choices() == real
+
+
+def test_the_lists_of_other_modules_are_theirs() -> None:
+    from accelerate.utils import DynamoBackend
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    assert compile_backends() == [member.value.lower() for member in DynamoBackend]
+    assert report_integrations() == list(INTEGRATION_TO_CALLBACK)
+    assert set(accelerator_settings()) == set(fields_of(AcceleratorConfig))
 
 
 def test_a_recipe_is_checked_without_loading_torch(tmp_path: Any) -> None:

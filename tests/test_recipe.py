@@ -135,7 +135,10 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
             "training.eval_strategy is set by the run; use the evaluation section instead.",
         ),
         ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs must be a number above 0, got 0."),
-        ({"training": {"warmup_steps": "some"}}, "training.warmup_steps must be a number, got 'some'."),
+        (
+            {"training": {"warmup_steps": "some"}},
+            "training.warmup_steps must be a number of at least 0, and whole from 1 on, got 'some'.",
+        ),
         ({"training": {"bf16": "often"}}, "training.bf16 must be true or false, got 'often'."),
         (
             {"training": {"gradient_checkpointing": "no"}},
@@ -145,7 +148,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
             {"training": {"learning_rate": math.inf}},
             "training.learning_rate must be a number above 0, got inf.",
         ),
-        ({"adapter": {"lora_alpha": math.nan}}, "adapter.lora_alpha must be a number of at least 1, got nan."),
+        ({"adapter": {"lora_alpha": math.nan}}, "adapter.lora_alpha must be a number above 0, got nan."),
         (
             {"tasks": {"format": "demo", "epochs": [1, 1, 1, math.inf]}},
             "tasks.epochs.3: input should be a finite number, got inf.",
@@ -157,12 +160,17 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
             "adapter.mode must be stack for method olora, got 'continue'.",
         ),
         ({"adapter": {"r": 0}}, "adapter.r must be a whole number of at least 1, got 0."),
-        ({"training": {"max_steps": 2.5}}, "training.max_steps must be a whole number, got 2.5."),
-        ({"training": {"logging_steps": 0}}, "training.logging_steps must be a number above 0, got 0."),
         (
-            {"training": {"save_strategy": "epoch"}},
-            "training.save_strategy is set by the run; use --resume, for which the run keeps every finished task, "
-            "instead.",
+            {"training": {"max_steps": 2.5}},
+            "training.max_steps must be a whole number above 0, or -1 for whole epochs, got 2.5.",
+        ),
+        (
+            {"training": {"logging_steps": 0}},
+            "training.logging_steps must be a number above 0, and whole from 1 on, got 0.",
+        ),
+        (
+            {"training": {"save_strategy": "best"}},
+            "training.save_strategy must be one of no, steps, epoch, got 'best'.",
         ),
         (
             {"training": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}},
@@ -446,7 +454,7 @@ def test_an_override_replaces_adds_and_makes_sections() -> None:
         ("seed.value=1", "override 'seed.value=1': seed is 0, not a section."),
         ("seed", "override 'seed' must have the form section.key=value, as in training.learning_rate=1e-4."),
         ("training..x=1", "override 'training..x=1' must have the form section.key=value"),
-        ("seed=[", "override 'seed=[': the value '[' is not YAML."),
+        ("seed=[", "override 'seed=[': the value '[' is not YAML: "),
     ],
 )
 def test_an_override_that_fits_nothing_is_refused(override: str, message: str) -> None:
