@@ -233,7 +233,7 @@ def unknown_keys(keys: Iterable[str], known: list[str], prefix: str = "") -> lis
     unknown = [key for key in keys if key not in known]
     told = [unknown_key(key, known, prefix) for key in unknown[:_TOLD_KEYS]]
     rest = len(unknown) - len(told)
-    return told + ([f"{prefix}... and {rest} more unknown keys."] if rest else [])
+    return told + ([f"{prefix.replace('.', ': ')}there are {rest} more unknown keys."] if rest else [])
 
 
 def _is_budget(budget: int | float | None) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .config import SeekrConfig, unknown_key, unknown_keys
 from .errors import ConfigError, cut, shown
@@ -28,6 +28,8 @@ DEMO = "demo"
 
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 Name = Annotated[str, Field(min_length=1)]
+ShortName = Annotated[str, Field(min_length=1, max_length=200)]
+Names = Annotated[list[ShortName], Field(max_length=1000)]
 # numpy takes 32 bits, and a task's index is added.
 Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 _PLAIN_SCHEDULERS = (
@@ -47,15 +49,13 @@ _LONGEST_CHAIN = 20
 """Recipes that extend each other."""
 _LARGEST_NUMBER = 10**18
 """No setting is larger, and any library takes it."""
-_LONGEST_PROBLEM = 1000
-"""Characters of a sentence on tasks, which names what is there instead."""
 _TOLD = 50
 """Mistakes that are told; the rest is counted."""
 
 
 class _Section(BaseModel):
     # "model" is a key of the contract, not pydantic's namespace.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class ModelSection(_Section):
@@ -74,7 +74,7 @@ class ModelSection(_Section):
 class AdapterSection(_Section):
     """``mode`` and ``rank_limit`` of the adapter stack; every other key is one of ``LoraConfig``'s."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
     mode: Literal["stack", "continue"] = "stack"
     rank_limit: Count | Literal["auto"] | None = "auto"
     """Largest rank of the earlier adapters' sum; auto: 8 times ``r``; null: no limit, and every task costs more."""
@@ -90,10 +90,10 @@ class AdapterSection(_Section):
 class TasksSection(_Section):
     """The task sequence."""
 
-    format: str
+    format: ShortName
     """jsonl, trace, superni, long_sequence, mixed (tasks of several formats, FORMAT/NAME each), or demo."""
     path: str | None = None
-    order: list[str] | None = None
+    order: Names | None = None
     """Task names in order of training; None takes the format's own order."""
     max_train: Count | None = None
     max_test: Count | None = None
@@ -111,7 +111,7 @@ class EvaluationSection(_Section):
 
     max_new_tokens: Count = 64
     batch_size: Count = 32
-    general: list[str] = []
+    general: Names = []
     """Names of the tests: NAME/test.jsonl (multiple choice, as mmlu) or text/NAME.txt (the loss on held-out text)."""
     general_path: str | None = None
     """The folder of those files; None looks in ``tasks.path`` and in the folder around it."""
@@ -128,8 +128,8 @@ class CompareSection(_Section):
     variants: dict[str, dict[str, Any]] = {}
     """Label to the recipe keys in which that variant differs, dotted: ``{random heads: {method.head_choice: random}}``.
     Empty: the methods sequential, replay and seekr."""
-    seeds: list[Seed] = [0, 1, 2]
-    orders: Count | list[list[str]] = 1
+    seeds: Annotated[list[Seed], Field(max_length=1000)] = [0, 1, 2]
+    orders: Count | Annotated[list[Names], Field(max_length=1000)] = 1
     """Orders of the tasks, or how many: the one of ``tasks.order``, then seeded shuffles of it."""
     runs_dir: str | None = None
     """Where the runs are kept; None: ``runs`` in ``output_dir``. Comparisons with the same one share their runs."""
@@ -451,7 +451,7 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
 
     tasks = mapping["tasks"]
     order, epochs = tasks.get("order"), tasks.get("epochs")
-    if order is not None and not isinstance(order, list):
+    if not _are_names([tasks["format"]]) or not (order is None or _are_names(order)):
         return []
     problems = []
     if tasks["format"] == DEMO:
@@ -473,22 +473,35 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
     else:
         path = str(tasks.get("path") or "")
         problems += [
-            f"tasks: {cut(problem, _LONGEST_PROBLEM)}" for problem in find_task_problems(tasks["format"], path, order)
+            f"tasks: {problem.replace(path, cut(path))}" for problem in find_task_problems(tasks["format"], path, order)
         ]
     if epochs is not None and order is not None and len(epochs) != len(order):
         problems.append(f"tasks.epochs has {len(epochs)} numbers for {len(order)} tasks; give one for each.")
     return problems
 
 
+_NAMES = TypeAdapter(Names)
+
+
+def _are_names(value: Any) -> bool:
+    """Whether ``value`` is a list of names, and not a longer one than anybody has, of which the type's check tells."""
+    try:
+        _NAMES.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
 def _evaluation_problems(mapping: dict[str, Any]) -> list[str]:
     evaluation = mapping.get("evaluation", {})
     names = evaluation.get("general")
-    if not isinstance(names, list) or not names:
+    if not names or not _are_names(names):
         return []
     from .evaluation.general import find_general_tests
 
     _, problems = find_general_tests(names, evaluation.get("general_path"), mapping["tasks"].get("path"))
-    return [f"evaluation.general: {cut(problem, _LONGEST_PROBLEM)}" for problem in problems]
+    folder = str(evaluation.get("general_path") or "")
+    return [f"evaluation.general: {problem.replace(folder, cut(folder))}" for problem in problems]
 
 
 def _path_problems(mapping: dict[str, Any]) -> list[str]:
@@ -554,8 +567,7 @@ def _without_crash(check: Callable[[dict[str, Any]], list[str]], mapping: dict[s
         return []
 
 
-# Bounded, since each "${" without its end would be looked for to the end of the text.
-_VARIABLE = re.compile(r"\$\{(\w{1,255})(?::-([^}]{0,1000}))?\}")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _PLAIN_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -567,13 +579,15 @@ def _expanded(value: Any, problems: list[str], where: str = "") -> Any:
         return [_expanded(item, problems, where) for item in value]
     if not isinstance(value, str):
         return value
-    for match in _VARIABLE.finditer(value):
+    # Behind the last one nothing ends, and each "${" would be looked through to the end.
+    end = value.rfind("}") + 1
+    for match in _VARIABLE.finditer(value, 0, end):
         if match[2] is None and match[1] not in os.environ:
             problems.append(
                 f"{cut(where)}: the environment variable {match[1]} is not set; set it, or write "
                 f"${{{match[1]}:-default}}."
             )
-    filled = _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[2] or "", value)
+    filled = _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[2] or "", value[:end]) + value[end:]
     if filled != value:
         # "${STEPS:-100}" means the number, as it would without the variable.
         filled = _scalar(filled)
@@ -598,7 +612,7 @@ class _Copy:
         self._left = MOST_NODES
 
     def of(self, value: Any, where: str = "", depth: int = 0) -> Any:
-        self._left -= 1
+        self._left -= 1 + (len(value) // 100 if isinstance(value, str) else 0)
         if depth > DEEPEST or self._left < 0:
             raise ConfigError(
                 f"recipe: {cut(where)} holds more than {DEEPEST} levels or {MOST_NODES} values; no recipe needs them."

@@ -157,6 +157,12 @@ TRAINING_BOUNDS: dict[str, tuple[Bound, ...]] = {
     "gradient_checkpointing_kwargs.every_n_layers": at_least(1),
     "label_smoothing_factor": _BETA,
     "learning_rate": above(0, 1000),
+    "lr_scheduler_kwargs": (
+        (
+            "without infinite numbers",
+            lambda keywords: all(math.isfinite(value) for value in keywords.values() if isinstance(value, float)),
+        ),
+    ),
     "logging_steps": _INTERVAL,
     "max_grad_norm": at_least(0, 1e12),
     "max_steps": (("above 0, or -1 for whole epochs", lambda value: value == -1 or value > 0), _at_most(LARGEST_WHOLE)),
@@ -178,7 +184,7 @@ TRAINING_BOUNDS: dict[str, tuple[Bound, ...]] = {
 
 LORA_BOUNDS: dict[str, tuple[Bound, ...]] = {
     "alpha_pattern": (
-        (f"of numbers above 0 and of at most {_LARGEST_ALPHA}", _each(lambda alpha: 0 < alpha <= _LARGEST_ALPHA)),
+        (f"above 0 and of at most {_LARGEST_ALPHA}", _each(lambda alpha: 0 < alpha <= _LARGEST_ALPHA)),
         ("whose keys are regular expressions", _are_patterns),
     ),
     "exclude_modules": (_PATTERNS,),
@@ -189,7 +195,7 @@ LORA_BOUNDS: dict[str, tuple[Bound, ...]] = {
     "qalora_group_size": at_least(1),
     "r": at_least(1, _LARGEST_RANK),
     "rank_pattern": (
-        (f"of whole numbers from 1 to {_LARGEST_RANK}", _each(lambda rank: 1 <= rank <= _LARGEST_RANK)),
+        (f"from 1 to {_LARGEST_RANK}", _each(lambda rank: 1 <= rank <= _LARGEST_RANK)),
         ("whose keys are regular expressions", _are_patterns),
     ),
     "target_modules": (_NAMES, _PATTERNS),
@@ -229,9 +235,13 @@ _NARROWER = {
     "log_level": _LEVELS,
     "log_level_replica": _LEVELS,
     "lora_alpha": "float",
+    "exclude_modules": "str | list[str] | None",
+    "layers_pattern": "str | list[str] | None",
+    "layers_to_transform": "int | list[int] | None",
     "lr_scheduler_kwargs": "dict | None",
     "rank_pattern": "dict[str, int] | None",
     "save_strategy": "Literal['no', 'steps', 'epoch']",
+    "target_modules": "str | list[str] | None",
     "torch_compile_mode": "Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] | None",
     "train_sampling_strategy": "Literal['random', 'sequential', 'group_by_length', 'batch_rebalance']",
 }
