@@ -21,8 +21,8 @@ HeadChoice = Literal["importance", "sensitivity", "forgettability", "random", "a
 
 _LONGEST_KEY = 80
 _TOLD_KEYS = 20
-# Counts and seeds are handed to libraries that keep them in 32 bits.
-_LARGEST_WHOLE = 2**31 - 1
+# Counts and seeds are handed to libraries that keep them in 32 bits, and no weight of a loss is larger.
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class SeekrConfig:
                 problems.append(f"{name} must be {_describe(hints[name])}, got {shown(value)}.")
             elif name in _BOUNDS and not _BOUNDS[name][1](value):
                 problems.append(f"{name} must be {_BOUNDS[name][0]}, got {shown(value)}.")
-            elif isinstance(value, int) and value > _LARGEST_WHOLE:
-                problems.append(f"{name} must be at most {_LARGEST_WHOLE}, got {shown(value)}.")
+            elif isinstance(value, int | float) and value > _LARGEST:
+                problems.append(f"{name} must be at most {_LARGEST}, got {shown(value)}.")
         return problems
 
     @classmethod
@@ -267,8 +267,8 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "ewc_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
     "ewc_samples": ("at least 1", _at_least_one),
     "olora_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
-    "teacher_loss_limit": ("above 0", lambda value: value > 0),
-    "teacher_entropy_limit": ("above 0", lambda value: value > 0),
+    "teacher_loss_limit": ("above 0 and finite", lambda value: 0 < value < math.inf),
+    "teacher_entropy_limit": ("above 0 and finite", lambda value: 0 < value < math.inf),
     "seed": ("at least 0", lambda value: value >= 0),
 }
 """Field to its rule in words and as a test of a value of the right type."""

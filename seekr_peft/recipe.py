@@ -16,8 +16,8 @@ from .config import SeekrConfig, unknown_key, unknown_keys
 from .errors import ConfigError, cut, shown
 from .library_settings import lora_settings, training_choices, training_settings
 from .method_names import ADAPTER_MODES, method_names
-from .plain_lora import OFF, adapter_in_base, why_refused
-from .setting_rules import is_number, lora_problems, training_problems
+from .plain_lora import adapter_in_base, why_refused
+from .setting_rules import NEVER_ON, is_number, lora_problems, training_problems
 from .yaml_text import DEEPEST, MOST_NODES, UNSAFE, YamlTextError, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class AdapterSection(_Section):
         """The keyword arguments of ``LoraConfig``."""
         settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         # PEFT does not take every word for "off".
-        given = {key: value for key, value in (self.model_extra or {}).items() if value or key not in OFF}
+        given = {key: value for key, value in (self.model_extra or {}).items() if value or key not in NEVER_ON}
         return {**settings, **given}
 
 
@@ -235,6 +235,8 @@ def _checked(mapping: dict[str, Any], checks: Sequence["Check"], problems: list[
         problems += check(mapping) if recipe is not None else _without_crash(check, mapping)
     if problems or recipe is None:
         rest = len(problems) - _TOLD
+        # A task's or a folder's name may hold the end of a line.
+        problems = [problem.replace("\n", "\\n") for problem in problems]
         raise ConfigError(problems[:_TOLD] + ([f"... and {rest} more mistakes."] if rest > 0 else []))
     return _resolved(recipe)
 
@@ -429,12 +431,17 @@ def _why_refused(key: str, value: Any, default: Any) -> str | None:
     return why
 
 
+_ON_THE_HUB = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+
+
 def _model_problems(mapping: dict[str, Any]) -> list[str]:
     name = mapping["model"]["name_or_path"]
     shown_name = cut(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
     if not looks_local and "/" not in name and name != DEMO and get_close_matches(name, [DEMO]):
         return [f"model.name_or_path: {shown_name} is no folder and no owner/name on the hub; did you mean {DEMO}?"]
+    if not looks_local and not _ON_THE_HUB.fullmatch(name):
+        return [f"model.name_or_path: {shown(name)} is no folder and no owner/name on the hub; give one of them."]
     if name == DEMO or not looks_local:
         return []
     folder = Path(os.path.expanduser(name))

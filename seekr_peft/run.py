@@ -61,6 +61,7 @@ _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+_CHECKPOINTING_OPTIONS = {"gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"}
 _PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -232,8 +233,9 @@ class _Run:
             try:
                 with seconds_into(cost, "train_seconds"):
                     trainer.train()
-            except ImportError as error:
-                # A setting that only a training needs a package for.
+            except Exception as error:
+                if not _is_of_a_setting(error):
+                    raise
                 raise ConfigError(f"training: {_in_one_line(error)}") from error
             finally:
                 meter.close()
@@ -271,6 +273,8 @@ class _Run:
             if new in known and old in settings:
                 value = settings.pop(old)
                 settings.setdefault(new, value)
+        for name in _CHECKPOINTING_OPTIONS & settings.keys():
+            settings[name] = _checkpointing_options(name, settings[name])
         if epochs is not None:
             settings["num_train_epochs"] = epochs[index]
         try:
@@ -622,6 +626,18 @@ def _trainer(method: ContinualMethod, arguments: TrainingArguments, dataset: Any
         raise ConfigError(f"training: {_in_one_line(error)}") from error
     _remove_printers(trainer)
     return trainer
+
+
+def _checkpointing_options(name: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    """``given``, without reentrant checkpointing where it says nothing of it."""
+    if given and given.get("offload") and not torch.cuda.is_available():
+        raise ConfigError(f"training.{name}: offload needs a GPU, whose memory it makes room in; leave it out.")
+    return {"use_reentrant": False, **(given or {})}
+
+
+def _is_of_a_setting(error: Exception) -> bool:
+    """Whether a training failed for a setting that needs a package, or a compiler, that only a training asks for."""
+    return isinstance(error, ImportError) or type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def _in_one_line(error: Exception) -> str:

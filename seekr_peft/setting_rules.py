@@ -1,6 +1,6 @@
 """Which values the settings of TrainingArguments and LoraConfig may have: their annotations, and one table of bounds.
 
-A setting has the type that the library's own source file gives it, or the narrower one of ``_NARROWER``; then its
+A setting has the type that the library's own source file gives it, or the narrower one of ``NARROWER``; then its
 bounds. Every setting of the installed classes is bounded, a choice, a switch, free text (``FREE``) or refused, which a
 test asks of each (transformers 5.23, PEFT 0.21). May import ``errors``, ``library_settings`` and ``plain_lora``.
 """
@@ -72,6 +72,9 @@ WRITTEN_BY_PEFT = {
 
 WITHOUT_EFFECT = frozenset({"corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config"})
 """Settings of LoraConfig for what is refused, such as ways of initialising; nothing may be said in them."""
+
+NEVER_ON = OFF | WITHOUT_EFFECT
+"""Settings of LoraConfig that are off, or refused."""
 
 FREE = frozenset(
     {
@@ -202,7 +205,7 @@ LORA_BOUNDS: dict[str, tuple[Bound, ...]] = {
 }
 
 _CHECKPOINTING = {
-    "use_reentrant": Setting("bool | None", None),
+    "use_reentrant": Setting("bool", False),
     "every_n_layers": Setting("int", 1),
     "offload": Setting("bool", False),
     "preserve_rng_state": Setting("bool", True),
@@ -212,7 +215,7 @@ _CHECKPOINTING = {
 }
 """The keywords of ``activation_checkpointing_enable`` and of ``torch.utils.checkpoint``."""
 
-_NESTED: dict[str, Callable[[], dict[str, Setting]]] = {
+NESTED: dict[str, Callable[[], dict[str, Setting]]] = {
     "activation_checkpointing_kwargs": lambda: _CHECKPOINTING,
     "gradient_checkpointing_kwargs": lambda: _CHECKPOINTING,
     "accelerator_config": accelerator_settings,
@@ -224,7 +227,7 @@ _NESTED: dict[str, Callable[[], dict[str, Setting]]] = {
 """Settings that are mappings, to the settings in them."""
 
 _LEVELS = "Literal['detail', 'debug', 'info', 'warning', 'error', 'critical', 'passive']"
-_NARROWER = {
+NARROWER = {
     "accelerator_config": "dict | None",
     "activation_checkpointing_kwargs": "dict | None",
     "alpha_pattern": "dict[str, float] | None",
@@ -256,7 +259,7 @@ def training_problems(training: Mapping[str, Any], fields: Mapping[str, Setting]
         if key in SET_BY_THE_RUN:
             problems.append(f"training.{key} is set by the run; use {SET_BY_THE_RUN[key]} instead.")
         elif key in SEVERAL_PROCESSES:
-            if value and value != fields[key].default:
+            if not _is_off(value, fields[key]):
                 problems.append(
                     f"training.{key} is {shown(value)}, which is for several processes, but a run is one process on "
                     f"one device; leave it out."
@@ -278,7 +281,7 @@ def lora_problems(adapter: Mapping[str, Any], fields: Mapping[str, Setting]) -> 
             if value is not None:
                 problems.append(f"adapter.{key} is {shown(value)}, which no run reads; {WRITTEN_BY_PEFT[key]}.")
         elif key in WITHOUT_EFFECT:
-            if value:
+            if value not in (None, {}):
                 problems.append(f"adapter.{key} is {shown(value)}, which has no effect here; leave it out.")
         elif key == "inference_mode":
             if value is not False:
@@ -292,7 +295,7 @@ def _value_problems(
     prefix: str, key: str, value: Any, annotation: str, bounds: Mapping[str, tuple[Bound, ...]]
 ) -> list[str]:
     """``key`` is dotted below ``prefix`` where it is in a mapping."""
-    kind = _choice(key, value) or _type(_NARROWER.get(key, annotation))
+    kind = _choice(key, value) or _type(NARROWER.get(key, annotation))
     rules = bounds.get(key, ())
     if not kind.holds(value):
         return [f"{prefix}{key} must be {_in_words(kind, rules)}, got {shown(value)}."]
@@ -301,9 +304,9 @@ def _value_problems(
     broken = next((words for words, holds in rules if not holds(value)), None)
     if broken is not None:
         return [f"{prefix}{key} must be {f'{kind.words} {broken}'.strip()}, got {shown(value)}."]
-    if key not in _NESTED:
+    if key not in NESTED:
         return []
-    known, problems = _NESTED[key](), []
+    known, problems = NESTED[key](), []
     for part, inner in value.items():
         if part not in known:
             problems.append(f"{prefix}{key} has the unknown key {cut(part, 60)}; known keys are {', '.join(known)}.")
@@ -319,6 +322,11 @@ def _value_problems(
 
 def _in_words(kind: "_Kind", rules: tuple[Bound, ...]) -> str:
     return f"{kind.words} {rules[0][0]}" if rules else kind.words
+
+
+def _is_off(value: Any, setting: Setting) -> bool:
+    default = setting.default
+    return _type(setting.annotation).holds(value) and (value is None or value is False or value == default)
 
 
 # Types ------------------------------------------------------------------------------------------------------------
@@ -394,9 +402,13 @@ def _one_of(values: list[Any]) -> _Kind:
     return _Kind(words, lambda value: any(type(value) is type(one) and value == one for one in values))
 
 
+LISTS = frozenset({"report_to", "torch_compile_backend"})
+"""Settings of TrainingArguments whose choices are lists of other modules."""
+
+
 def _choice(key: str, value: Any) -> _Kind | None:
     """Of a setting whose choices are not in its annotation."""
-    if key in training_choices() and key not in _NARROWER:
+    if key in training_choices() and key not in NARROWER:
         choices = training_choices()[key]
         if key != "debug":
             return _Kind(_one_of(choices).words, lambda value: isinstance(value, str) and value in choices)

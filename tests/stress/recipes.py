@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -111,13 +112,13 @@ def check_one(text: str, folder: Path) -> str:
     except Exception as error:
         return f"traceback: {type(error).__name__}: {str(error)[:500]}"
     try:
-        _use(recipe, folder)
+        use(recipe, folder)
     except Exception as error:
         return f"unusable: {type(error).__name__}: {str(error)[:500]}"
     return "accepted"
 
 
-def _use(recipe: Recipe, folder: Path) -> None:
+def use(recipe: Recipe, folder: Path) -> None:
     """Make of the recipe what a run makes of it before it loads the model."""
     from peft import LoraConfig
     from transformers import TrainingArguments
@@ -154,7 +155,7 @@ def _place(random_: random.Random, mapping: Mapping) -> tuple[Any, Any]:
 
 def _another_value(random_: random.Random, mapping: Mapping) -> None:
     collection, key = _place(random_, mapping)
-    collection[key] = random_.choice(_VALUES)
+    collection[key] = copy.deepcopy(random_.choice(_VALUES))
 
 
 def _any_setting(random_: random.Random, mapping: Mapping) -> None:
@@ -173,7 +174,7 @@ def _any_setting(random_: random.Random, mapping: Mapping) -> None:
     name = random_.choice(names)
     settings = {**training_settings(), **lora_settings()}
     near = [setting.default for setting in (settings.get(name),) if setting is not None]
-    target[name] = random_.choice([*_VALUES, *near, *near, *training_choices().get(name, [])])
+    target[name] = copy.deepcopy(random_.choice([*_VALUES, *near, *near, *training_choices().get(name, [])]))
 
 
 def _deleted(random_: random.Random, mapping: Mapping) -> None:
@@ -194,7 +195,7 @@ def _renamed(random_: random.Random, mapping: Mapping) -> None:
 
 def _wrapped(random_: random.Random, mapping: Mapping) -> None:
     collection, key = _place(random_, mapping)
-    value = collection[key] if isinstance(collection, list) else collection.get(key)
+    value = copy.deepcopy(collection[key] if isinstance(collection, list) else collection.get(key))
     collection[key] = random_.choice(([value], {"value": value}, str(value), [value, value], {key: value}))
 
 
