@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .errors import ConfigError, SeekrError
+from .errors import ConfigError, SeekrError, shown
 from .stopping import listening
 
 app = typer.Typer(
@@ -202,14 +202,17 @@ def _whole_numbers(option: str, text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")] if text else None
     except ValueError:
-        raise ConfigError(f"{option} must be whole numbers with commas between, as in 0,1,2, got {text!r}.") from None
+        raise ConfigError(
+            f"{option} must be whole numbers with commas between, as in 0,1,2, got {shown(text)}."
+        ) from None
 
 
 def _orders(text: str | None) -> int | list[list[str]] | None:
     if not text:
         return None
     return (
-        int(text)
+        # No more digits than anybody has orders: Python does not read thousands.
+        int(text.strip()[:20])
         if text.strip().isdecimal()
         else [[name.strip() for name in order.split(",")] for order in text.split(";")]
     )

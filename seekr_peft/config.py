@@ -4,12 +4,12 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError
+from .errors import ConfigError, cut, shown
 from .json_text import parse_json
 
 Norm = Literal["frobenius", "mean_square"]
@@ -19,6 +19,11 @@ SampleSelection = Literal["random", "first"]
 LayerChoice = Literal["anywhere", "thirds"]
 QueryChoice = Literal["random", "answer"]
 HeadChoice = Literal["importance", "sensitivity", "forgettability", "random", "all"]
+
+_LONGEST_KEY = 80
+_TOLD_KEYS = 20
+# Counts and seeds are handed to libraries that keep them in 32 bits, and no weight of a loss is larger.
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -152,16 +157,18 @@ class SeekrConfig:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             if not _has_type(value, hints[name]):
-                problems.append(f"{name} must be {_describe(hints[name])}, got {value!r}.")
+                problems.append(f"{name} must be {_describe(hints[name])}, got {shown(value)}.")
             elif name in _BOUNDS and not _BOUNDS[name][1](value):
-                problems.append(f"{name} must be {_BOUNDS[name][0]}, got {value!r}.")
+                problems.append(f"{name} must be {_BOUNDS[name][0]}, got {shown(value)}.")
+            elif isinstance(value, int | float) and value > _LARGEST:
+                problems.append(f"{name} must be at most {_LARGEST}, got {shown(value)}.")
         return problems
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any]) -> "SeekrConfig":
         """Build from a plain mapping; unknown keys are refused with the nearest known name."""
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [unknown_key(key, known) for key in mapping if key not in known]
+        unknown = unknown_keys(mapping, known)
         kept = {key: value for key, value in mapping.items() if key in known}
         try:
             config = cls(**kept)
@@ -194,7 +201,8 @@ class SeekrConfig:
         try:
             mapping = parse_json(Path(path).read_text(encoding="utf-8"), "the text")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as JSON ({error}); SeekrConfig.save writes it.") from error
+            why = cut(" ".join(str(error).split()))
+            raise ConfigError(f"{path} cannot be read as JSON ({why}); SeekrConfig.save writes it.") from error
         if not isinstance(mapping, dict):
             raise ConfigError(f"{path} holds a {type(mapping).__name__}; it must be an object of settings.")
         return cls.from_mapping(mapping)
@@ -215,9 +223,18 @@ def budget_count(budget: int | float | None, available: int) -> int:
 
 def unknown_key(key: str, known: list[str], prefix: str = "") -> str:
     """One sentence about an unknown key, with the nearest known one."""
-    near = difflib.get_close_matches(str(key), known, n=1)
+    name = cut(str(key), _LONGEST_KEY)
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(known)}."
-    return f"{prefix}{key} is an unknown key; {hint}"
+    return f"{prefix}{name} is an unknown key; {hint}"
+
+
+def unknown_keys(keys: Iterable[str], known: list[str], prefix: str = "") -> list[str]:
+    """A sentence about each of ``keys`` that is not ``known``; about many of them one for the rest."""
+    unknown = [key for key in keys if key not in known]
+    told = [unknown_key(key, known, prefix) for key in unknown[:_TOLD_KEYS]]
+    rest = len(unknown) - len(told)
+    return told + ([f"{prefix.replace('.', ': ')}there are {rest} more unknown keys."] if rest else [])
 
 
 def _is_budget(budget: int | float | None) -> bool:
@@ -247,12 +264,12 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "logit_top_k": ("at least 1", _at_least_one),
     "kept_mass": ("in (0, 1]", lambda value: 0 < value <= 1),
     "lwf_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
-    "lwf_temperature": ("above 0", lambda value: value > 0),
+    "lwf_temperature": ("above 0 and finite", lambda value: 0 < value < math.inf),
     "ewc_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
     "ewc_samples": ("at least 1", _at_least_one),
     "olora_lambda": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
-    "teacher_loss_limit": ("above 0", lambda value: value > 0),
-    "teacher_entropy_limit": ("above 0", lambda value: value > 0),
+    "teacher_loss_limit": ("above 0 and finite", lambda value: 0 < value < math.inf),
+    "teacher_entropy_limit": ("above 0 and finite", lambda value: 0 < value < math.inf),
     "seed": ("at least 0", lambda value: value >= 0),
 }
 """Field to its rule in words and as a test of a value of the right type."""

@@ -30,8 +30,9 @@ def shown(value: Any, limit: int = LONGEST_VALUE) -> str:
 
 
 def cut(text: str, limit: int = LONGEST_VALUE) -> str:
-    """``text``, without its middle where it has more than ``limit`` characters."""
-    half = (limit - 3) // 2
+    """``text`` on one line, cut in the middle to ``limit`` characters: for a key, a name or a library's words in a
+    message."""
+    text, half = text.replace("\n", "\\n"), (limit - 3) // 2
     return text if len(text) <= limit else f"{text[:half]}...{text[len(text) - half :]}"
 
 

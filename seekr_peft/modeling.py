@@ -25,7 +25,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .adapters import check_no_hidden_adapter
 from .attention.support import EAGER
-from .errors import ConfigError, SeekrError
+from .errors import ConfigError, SeekrError, cut
 from .model_kind import (
     causal_class,
     check_checkpoint,
@@ -391,13 +391,27 @@ def add_adapter(base: Any, recipe: Recipe) -> PeftModel:
     Raises:
         ConfigError: PEFT takes a setting, such as target_modules that the model does not have, for wrong.
     """
+    _check_layers(base, recipe.adapter.lora().get("layers_to_transform"))
     try:
         return get_peft_model(base, LoraConfig(**recipe.adapter.lora()))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         # What LoraConfig does not check itself fails in many ways.
-        raise ConfigError(f"adapter: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"adapter: {type(error).__name__}: {cut(' '.join(str(error).split()), 500)}") from error
+
+
+def _check_layers(base: Any, wanted: int | list[int] | None) -> None:
+    """ConfigError for a layer that the model does not have, of which PEFT says nothing where others fit."""
+    if wanted is None:
+        return
+    n_layers = base.config.get_text_config().num_hidden_layers
+    beyond = [layer for layer in ([wanted] if isinstance(wanted, int) else wanted) if layer >= n_layers]
+    if beyond:
+        raise ConfigError(
+            f"adapter.layers_to_transform names layer {beyond[0]}, but the model has {n_layers}, counted from 0; leave "
+            f"it out."
+        )
 
 
 def resolve_name(model: ModelSection) -> str:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from .config import SeekrConfig, unknown_key
-from .errors import ConfigError
+from .config import SeekrConfig, unknown_key, unknown_keys
+from .errors import ConfigError, cut, shown
 from .files import write_text
-from .library_settings import Setting, lora_settings, training_choices, training_settings
+from .library_settings import lora_settings, training_choices, training_settings
 from .method_names import ADAPTER_MODES, method_names
 from .plain_lora import adapter_in_base, why_refused
+from .setting_rules import NEVER_ON, is_number, lora_problems, training_problems
+from .yaml_text import DEEPEST, MOST_NODES, UNSAFE, YamlTextError, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from .evaluation.general import GeneralTest
@@ -25,21 +27,12 @@ if TYPE_CHECKING:
 DEMO = "demo"
 """As ``model.name_or_path`` and ``tasks.format``: the model and tasks that ship with the package."""
 
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+Name = Annotated[str, Field(min_length=1)]
+ShortName = Annotated[str, Field(min_length=1, max_length=200)]
+Names = Annotated[list[ShortName], Field(max_length=1000)]
 # numpy takes 32 bits, and a task's index is added.
 Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-_SET_BY_THE_RUN = {
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "resume_from_checkpoint": "--resume",
-    "use_cpu": "the environment variable CUDA_VISIBLE_DEVICES",
-    "eval_strategy": "the evaluation section",
-    "eval_on_start": "the evaluation section",
-    "load_best_model_at_end": "the evaluation section",
-    "push_to_hub": "seekr-peft export",
-}
-_CHECKPOINTING_OPTIONS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 _PLAIN_SCHEDULERS = (
     "linear",
     "cosine",
@@ -51,37 +44,38 @@ _PLAIN_SCHEDULERS = (
 )
 _WITHOUT_KEYWORDS = ("constant", "constant_with_warmup")
 _NEEDS_A_METRIC = ("reduce_lr_on_plateau", "greedy")
-_POSITIVE = (
-    "learning_rate",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "logging_steps",
-)
+_LONGEST_NAME = 255
+"""Bytes of a file's or folder's name, on every common file system."""
+_LONGEST_CHAIN = 20
+"""Recipes that extend each other."""
+_LARGEST_NUMBER = 10**18
+"""No setting is larger, and any library takes it."""
+_TOLD = 50
+"""Mistakes that are told; the rest is counted."""
 
 
 class _Section(BaseModel):
     # "model" is a key of the contract, not pydantic's namespace.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class ModelSection(_Section):
     """The base model. Names of ``from_pretrained`` and ``BitsAndBytesConfig`` where they have one."""
 
-    name_or_path: str
+    name_or_path: Name
     """A folder, or a model on the Hugging Face hub; "demo" is the model in the package."""
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     bnb_4bit_use_double_quant: bool = True
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """None: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
-    attn_implementation: str = "sdpa"
+    attn_implementation: Name = "sdpa"
     trust_remote_code: bool = False
 
 
 class AdapterSection(_Section):
     """``mode`` and ``rank_limit`` of the adapter stack; every other key is one of ``LoraConfig``'s."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
     mode: Literal["stack", "continue"] = "stack"
     rank_limit: Count | Literal["auto"] | None = "auto"
     """Largest rank of the earlier adapters' sum; auto: 8 times ``r``; null: no limit, and every task costs more."""
@@ -89,22 +83,24 @@ class AdapterSection(_Section):
     def lora(self) -> dict[str, Any]:
         """The keyword arguments of ``LoraConfig``."""
         settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        return {**settings, **(self.model_extra or {})}
+        # PEFT does not take every word for "off".
+        given = {key: value for key, value in (self.model_extra or {}).items() if value or key not in NEVER_ON}
+        return {**settings, **given}
 
 
 class TasksSection(_Section):
     """The task sequence."""
 
-    format: str
+    format: ShortName
     """jsonl, csv, parquet, trace, superni, long_sequence, mixed (an order of FORMAT/NAME entries), or demo."""
     path: str | None = None
-    order: list[str] | None = None
+    order: Names | None = None
     """Task names in order of training; None takes the format's own order."""
     max_train: Count | None = None
     max_test: Count | None = None
-    epochs: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    epochs: list[Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False, strict=True)]] | None = None
     """Epochs of each task in ``order``; None uses ``training.num_train_epochs`` for all."""
-    max_length: Annotated[int, Field(ge=5, strict=True)] = 512
+    max_length: Annotated[int, Field(ge=5, lt=2**31, strict=True)] = 512
     """Tokens of prompt and answer together; longer prompts lose their middle."""
     chat_template: bool = False
     """Whether plain prompts and answers are written as a user's and an assistant's message, by the tokenizer's chat
@@ -116,13 +112,13 @@ class EvaluationSection(_Section):
 
     max_new_tokens: Count = 64
     batch_size: Count = 32
-    general: list[str] = []
+    general: Names = []
     """Names of the tests: NAME/test.jsonl (multiple choice, as mmlu) or text/NAME.txt (the loss on held-out text)."""
     general_path: str | None = None
     """The folder of those files; None looks in ``tasks.path`` and in the folder around it."""
     general_samples: Count = 200
     """Questions of a multiple-choice test, at most: always the same ones."""
-    general_tokens: Annotated[int, Field(ge=2, strict=True)] = 16384
+    general_tokens: Annotated[int, Field(ge=2, lt=2**31, strict=True)] = 16384
     """Tokens of a text, at most: its first ones."""
 
 
@@ -133,8 +129,8 @@ class CompareSection(_Section):
     variants: dict[str, dict[str, Any]] = {}
     """Label to the recipe keys in which that variant differs, dotted: ``{random heads: {method.head_choice: random}}``.
     Empty: the methods sequential, replay and seekr."""
-    seeds: list[Seed] = [0, 1, 2]
-    orders: Count | list[list[str]] = 1
+    seeds: Annotated[list[Seed], Field(max_length=1000)] = [0, 1, 2]
+    orders: Count | Annotated[list[Names], Field(max_length=1000)] = 1
     """Orders of the tasks, or how many: the one of ``tasks.order``, then seeded shuffles of it."""
     runs_dir: str | None = None
     """Where the runs are kept; None: ``runs`` in ``output_dir``. Comparisons with the same one share their runs."""
@@ -154,7 +150,7 @@ class Recipe(_Section):
     tasks: TasksSection
     evaluation: EvaluationSection = EvaluationSection()
     seed: Seed = 0
-    output_dir: str = "runs/run"
+    output_dir: Name = "runs/run"
     compare: CompareSection = CompareSection()
 
     @property
@@ -188,17 +184,13 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     """
     if isinstance(source, Recipe):
         source = source.to_dict()
-    mapping = _read_extended(Path(source)) if isinstance(source, (str, Path)) else _copied(source)
+    # Copied, since an alias makes two places one.
+    mapping = _Copy().of(_read_extended(source) if isinstance(source, (str, Path)) else source)
     problems: list[str] = []
     for override in overrides:
         _override(mapping, override, problems)
     mapping = _expanded(mapping, problems)
-    recipe = _validated(mapping, problems)
-    for check in _CHECKS:
-        problems += _without_crash(check, mapping)
-    if problems or recipe is None:
-        raise ConfigError(problems)
-    return _resolved(recipe)
+    return _checked(mapping, _CHECKS, problems)
 
 
 def task_order(recipe: Recipe) -> list[str]:
@@ -235,10 +227,21 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def stored_recipe(path: Path) -> Recipe:
     """What ``save_recipe`` wrote; ConfigError when it is no recipe. The folders it names need not be there any more."""
-    problems: list[str] = []
-    recipe = _validated(_read_yaml(path), problems)
-    if recipe is None:
-        raise ConfigError(f"{path} is no recipe: {problems[0]}")
+    try:
+        return _checked(_Copy().of(_read_yaml(path)), _CHECKS_OF_VALUES, [])
+    except ConfigError as error:
+        raise ConfigError(f"{path} is no recipe: {error.problems[0]}") from error
+
+
+def _checked(mapping: dict[str, Any], checks: Sequence["Check"], problems: list[str]) -> Recipe:
+    recipe = _validated(mapping, problems)
+    for check in checks:
+        problems += check(mapping) if recipe is not None else _without_crash(check, mapping)
+    if problems or recipe is None:
+        rest = len(problems) - _TOLD
+        # A task's or a folder's name may hold the end of a line.
+        problems = [problem.replace("\n", "\\n") for problem in problems]
+        raise ConfigError(problems[:_TOLD] + ([f"... and {rest} more mistakes."] if rest > 0 else []))
     return _resolved(recipe)
 
 
@@ -253,15 +256,18 @@ def _resolved(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"method": method, "adapter": adapter})
 
 
-def _read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_extended(path: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """The file's mapping, laid over that of the file it extends."""
     mapping = _read_yaml(path)
     parent = mapping.pop("extends", None)
     if parent is None:
         return mapping
-    if not isinstance(parent, str) or path.resolve() in seen:
-        raise ConfigError(f"recipe {path}: extends is {parent!r}; give another recipe's file name, not in a circle.")
-    return _laid_over(_read_extended(path.parent / parent, (*seen, path.resolve())), mapping)
+    own = os.path.realpath(path)
+    if not isinstance(parent, str) or not parent or own in seen or len(seen) == _LONGEST_CHAIN:
+        raise ConfigError(
+            f"recipe {cut(str(path))}: extends is {shown(parent)}; give another recipe's file name, not in a circle."
+        )
+    return _laid_over(_read_extended(Path(path).parent / parent, (*seen, own)), mapping)
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -274,17 +280,14 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return {**below, **above, **merged}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}; give the path of a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"recipe {path} is not YAML: {detail}") from error
+        document = read_yaml(Path(path))
+    except YamlTextError as error:
+        raise ConfigError(f"recipe {cut(str(path))} {error}") from error
     if not isinstance(document, dict):
         raise ConfigError(
-            f"recipe {path} must be a mapping with the keys model, tasks, ..., got {type(document).__name__}."
+            f"recipe {cut(str(path))} must be a mapping with the keys model, tasks, ..., got {type(document).__name__}."
         )
     return document
 
@@ -292,21 +295,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _override(mapping: dict[str, Any], override: str, problems: list[str]) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
-    if not separator or not all(parts):
+    if not separator or not all(parts) or len(parts) > DEEPEST or UNSAFE.search(key):
         problems.append(
-            f"override {override!r} must have the form section.key=value, as in training.learning_rate=1e-4."
+            f"override {shown(override)} must have the form section.key=value, as in training.learning_rate=1e-4."
         )
         return
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        problems.append(f"override {override!r}: the value {text!r} is not YAML.")
+        value = parse_yaml(text)
+    except YamlTextError as error:
+        problems.append(f"override {shown(override)}: the value {shown(text)} {error}")
         return
     target = mapping
     for part in parts[:-1]:
         nested = target.setdefault(part, {})
         if not isinstance(nested, dict):
-            problems.append(f"override {override!r}: {part} is {nested!r}, not a section.")
+            problems.append(f"override {shown(override)}: {cut(part, 60)} is {shown(nested)}, not a section.")
             return
         target = nested
     target[parts[-1]] = value
@@ -321,14 +324,14 @@ def _validated(mapping: dict[str, Any], problems: list[str]) -> Recipe | None:
 
 
 def _sentence(detail: Any, mapping: dict[str, Any]) -> str:
-    path = [str(part) for part in detail["loc"]]
+    path = [cut(str(part), 60) for part in detail["loc"]]
     where = ".".join(path)
     if detail["type"] == "extra_forbidden":
         return unknown_key(path[-1], _known_keys(path[:-1]), "".join(f"{part}." for part in path[:-1]))
     if detail["type"] == "missing":
         return f"{where} is missing; add it to the recipe."
     message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{where}: {message}, got {detail['input']!r}."
+    return f"{where}: {message}, got {shown(detail['input'])}."
 
 
 def _known_keys(path: list[str]) -> list[str]:
@@ -345,10 +348,10 @@ def _method_problems(mapping: dict[str, Any]) -> list[str]:
     problems = []
     known = method_names()
     if method.get("name", None) not in known:
-        problems.append(f"method.name must be one of {', '.join(known)}, got {method.get('name')!r}.")
+        problems.append(f"method.name must be one of {', '.join(known)}, got {shown(method.get('name'))}.")
     mode, modes = mapping.get("adapter", {}).get("mode", "stack"), ADAPTER_MODES.get(str(method.get("name")))
     if modes and mode not in modes:
-        problems.append(f"adapter.mode must be {' or '.join(modes)} for method {method['name']}, got {mode!r}.")
+        problems.append(f"adapter.mode must be {' or '.join(modes)} for method {method['name']}, got {shown(mode)}.")
     try:
         SeekrConfig.from_mapping({key: value for key, value in method.items() if key != "name"})
     except ConfigError as error:
@@ -360,33 +363,15 @@ def _training_problems(mapping: dict[str, Any]) -> list[str]:
     training = mapping.get("training", {})
     if not isinstance(training, dict):
         return []
-    fields, choices = training_settings(), training_choices()
-    problems = []
-    for key, value in training.items():
-        if key in _SET_BY_THE_RUN:
-            problems.append(f"training.{key} is set by the run; use {_SET_BY_THE_RUN[key]} instead.")
-        elif key not in fields:
-            problems.append(unknown_key(key, list(fields), "training."))
-        elif key in _POSITIVE and not (_is_number(value) and value > 0):
-            problems.append(f"training.{key} must be a number above 0, got {value!r}.")
-        elif key == "max_steps" and value == 0:
-            problems.append("training.max_steps must be a number above 0, or -1 for whole epochs, got 0.")
-        elif _is_whole(fields[key]) and not (isinstance(value, int) and _is_number(value)):
-            problems.append(f"training.{key} must be a whole number, got {value!r}.")
-        elif type(fields[key].default) in (int, float) and not _is_number(value):
-            problems.append(f"training.{key} must be a number, got {value!r}.")
-        elif _is_switch(fields[key]) and not isinstance(value, bool):
-            problems.append(f"training.{key} must be true or false, got {value!r}.")
-        elif key in choices and value not in choices[key]:
-            problems.append(f"training.{key} must be one of {', '.join(choices[key])}, got {value!r}.")
-        elif key in _CHECKPOINTING_OPTIONS and isinstance(value, dict) and value.get("use_reentrant"):
-            problems.append(
-                f"training.{key}: use_reentrant must be false, got {value['use_reentrant']!r}; under reentrant "
-                f"checkpointing a captured attention has no gradient."
-            )
-    if training.get("lr_scheduler_type", "linear") in choices["lr_scheduler_type"]:
+    fields = training_settings()
+    problems = unknown_keys(training, list(fields), "training.") + training_problems(training, fields)
+    if _is_in(training.get("lr_scheduler_type", "linear"), training_choices()["lr_scheduler_type"]):
         problems += _scheduler_problems(training)
     return problems
+
+
+def _is_in(value: Any, names: Sequence[str]) -> bool:
+    return isinstance(value, str) and value in names
 
 
 def _scheduler_problems(training: dict[str, Any]) -> list[str]:
@@ -395,33 +380,40 @@ def _scheduler_problems(training: dict[str, Any]) -> list[str]:
     if name in _NEEDS_A_METRIC:
         return [f"training.lr_scheduler_type {name!r} needs a metric during training, which is not taken; try cosine."]
     if keywords is not None and not isinstance(keywords, dict):
-        return [f"training.lr_scheduler_kwargs must be a mapping, got {keywords!r}."]
+        # It is told by its type.
+        return []
     if not keywords and name in (None, *_PLAIN_SCHEDULERS):
         return []
     if name in _WITHOUT_KEYWORDS:
-        return [f"training.lr_scheduler_kwargs {keywords!r}: {name} takes none; leave them out."]
+        return [f"training.lr_scheduler_kwargs {shown(keywords)}: {name} takes none; leave them out."]
+    why = _why_no_schedule(name or "linear", keywords, training.get("learning_rate", 5e-5))
+    if why and keywords:
+        return [f"training.lr_scheduler_kwargs {shown(keywords)} do not fit {name or 'linear'}: {why}"]
+    return [f"training.lr_scheduler_type {name} needs training.lr_scheduler_kwargs: {why}"] if why else []
+
+
+def _why_no_schedule(name: str, keywords: dict[str, Any] | None, rate: Any) -> str:
     # Seconds, and only for a recipe that asks for such a scheduler.
     import torch
     from transformers import get_scheduler
 
-    rate = training.get("learning_rate", 5e-5)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate if _is_number(rate) and rate > 0 else 5e-5)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate if is_number(rate) and 0 < rate < 1000 else 5e-5)
     try:
-        get_scheduler(name or "linear", optimizer, 1, 2, scheduler_specific_kwargs=keywords)
-    except (TypeError, ValueError) as error:
-        if keywords:
-            return [f"training.lr_scheduler_kwargs {keywords!r} do not fit {name or 'linear'}: {error}"]
-        return [f"training.lr_scheduler_type {name} needs training.lr_scheduler_kwargs: {error}"]
-    return []
+        scheduler = get_scheduler(name, optimizer, 1, 2, scheduler_specific_kwargs=keywords)
+        for _ in range(4):
+            # Past the warmup: some keywords are only looked at then.
+            optimizer.step()
+            scheduler.step()
+            _check_rate(scheduler.get_last_lr()[0])
+    except Exception as error:
+        # Whatever a keyword of the wrong kind leads to.
+        return cut(" ".join(str(error).split()) or type(error).__name__)
+    return ""
 
 
-def _is_whole(field: Setting) -> bool:
-    # warmup_steps has a whole default and takes shares too.
-    return type(field.default) is int and "float" not in field.annotation
-
-
-def _is_switch(field: Setting) -> bool:
-    return field.annotation in ("bool", "bool | None")
+def _check_rate(rate: float) -> None:
+    if not math.isfinite(rate) or rate < 0:
+        raise ValueError(f"the learning rate becomes {rate}")
 
 
 def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
@@ -430,19 +422,10 @@ def _adapter_problems(mapping: dict[str, Any]) -> list[str]:
         return []
     known = lora_settings()
     own = list(AdapterSection.model_fields)
-    problems = [unknown_key(key, [*own, *known], "adapter.") for key in adapter if key not in (*own, *known)]
-    r, alpha, dropout = adapter.get("r", 1), adapter.get("lora_alpha", 1), adapter.get("lora_dropout", 0.0)
-    if not _is_number(r) or not isinstance(r, int) or r < 1:
-        problems.append(f"adapter.r must be a whole number of at least 1, got {r!r}.")
-    if not _is_number(alpha) or alpha < 1:
-        problems.append(f"adapter.lora_alpha must be a number of at least 1, got {alpha!r}.")
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        problems.append(f"adapter.lora_dropout must be a number in [0, 1), got {dropout!r}.")
-    for key in [key for key in adapter if key in known]:
-        why = _why_refused(key, adapter[key], known[key].default)
-        if why:
-            problems.append(f"adapter.{key} is {adapter[key]!r}, {why}")
-    return problems
+    problems = unknown_keys(adapter, [*own, *known], "adapter.")
+    refused = {key: _why_refused(key, adapter[key], known[key].default) for key in adapter if key in known}
+    problems += [f"adapter.{key} is {shown(adapter[key])}, {why}" for key, why in refused.items() if why]
+    return problems + lora_problems({key: value for key, value in adapter.items() if not refused.get(key)}, known)
 
 
 def _why_refused(key: str, value: Any, default: Any) -> str | None:
@@ -452,18 +435,25 @@ def _why_refused(key: str, value: Any, default: Any) -> str | None:
     return why
 
 
+_ON_THE_HUB = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+
+
 def _model_problems(mapping: dict[str, Any]) -> list[str]:
     name = mapping["model"]["name_or_path"]
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    shown_name = cut(name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
     if not looks_local and "/" not in name and name != DEMO and get_close_matches(name, [DEMO]):
-        return [f"model.name_or_path: {name} is no folder and no owner/name on the hub; did you mean {DEMO}?"]
+        return [f"model.name_or_path: {shown_name} is no folder and no owner/name on the hub; did you mean {DEMO}?"]
+    if not looks_local and not _ON_THE_HUB.fullmatch(name):
+        return [f"model.name_or_path: {shown(name)} is no folder and no owner/name on the hub; give one of them."]
     if name == DEMO or not looks_local:
         return []
-    beside = adapter_in_base(Path(name).expanduser())
+    folder = Path(os.path.expanduser(name))
+    beside = adapter_in_base(folder)
     if beside:
-        return [f"model.name_or_path: {name} {beside}"]
-    if not (Path(name).expanduser() / "config.json").is_file():
-        return [f"model.name_or_path: {name} has no config.json; give a model folder or a name on the hub."]
+        return [f"model.name_or_path: {shown_name} {beside}"]
+    if not (folder / "config.json").is_file():
+        return [f"model.name_or_path: {shown_name} has no config.json; give a model folder or a name on the hub."]
     return []
 
 
@@ -472,7 +462,7 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
 
     tasks = mapping["tasks"]
     order, epochs = tasks.get("order"), tasks.get("epochs")
-    if order is not None and not isinstance(order, list):
+    if not _are_names([tasks["format"]]) or not (order is None or _are_names(order)):
         return []
     problems = []
     if tasks["format"] == DEMO:
@@ -482,41 +472,101 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
         unknown = [name for name in order if name not in TASK_NAMES]
         problems += [f"tasks.order: {unknown_key(name, list(TASK_NAMES))}" for name in unknown]
         twice = {name for name in order if order.count(name) > 1}
-        problems += [f"tasks.order names {name!r} more than once." for name in sorted(twice)]
+        problems += [f"tasks.order names {shown(name)} more than once." for name in sorted(twice)]
         # The general tests are looked for there, too.
         if tasks.get("path") and not mapping.get("evaluation", {}).get("general"):
             problems.append(
-                f"tasks.path: {tasks['path']} would not be read, as the tasks of the format {DEMO!r} come with the "
-                f"package; leave it out, or give the format of your own tasks: {', '.join((*FORMATS, MIXED))}."
+                f"tasks.path: {cut(str(tasks['path']))} would not be read, as the tasks of the format {DEMO!r} come "
+                f"with the package; leave it out, or give the format of your own tasks: {', '.join((*FORMATS, MIXED))}."
             )
     elif tasks["format"] in (*FORMATS, MIXED) and not tasks.get("path"):
-        problems.append(f"tasks.path is missing; format {tasks['format']!r} needs the folder of the tasks.")
+        problems.append(f"tasks.path is missing; format {shown(tasks['format'])} needs the folder of the tasks.")
     else:
         path = str(tasks.get("path") or "")
-        problems += [f"tasks: {problem}" for problem in find_task_problems(tasks["format"], path, order)]
+        problems += [
+            f"tasks: {problem.replace(path, cut(path))}" for problem in find_task_problems(tasks["format"], path, order)
+        ]
     if epochs is not None and order is not None and len(epochs) != len(order):
         problems.append(f"tasks.epochs has {len(epochs)} numbers for {len(order)} tasks; give one for each.")
     return problems
 
 
+_NAMES = TypeAdapter(Names)
+
+
+def _are_names(value: Any) -> bool:
+    """Whether ``value`` is a list of names, and not a longer one than anybody has, of which the type's check tells."""
+    try:
+        _NAMES.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
 def _evaluation_problems(mapping: dict[str, Any]) -> list[str]:
     evaluation = mapping.get("evaluation", {})
     names = evaluation.get("general")
-    if not isinstance(names, list) or not names:
+    if not names or not _are_names(names):
         return []
     from .evaluation.general import find_general_tests
 
     _, problems = find_general_tests(names, evaluation.get("general_path"), mapping["tasks"].get("path"))
-    return [f"evaluation.general: {problem}" for problem in problems]
+    folder = str(evaluation.get("general_path") or "")
+    return [f"evaluation.general: {problem.replace(folder, cut(folder))}" for problem in problems]
 
 
-_CHECKS = (
-    _method_problems,
-    _training_problems,
-    _adapter_problems,
-    _model_problems,
-    _task_problems,
-    _evaluation_problems,
+def _path_problems(mapping: dict[str, Any]) -> list[str]:
+    """Of names that no file can have, or that lead nowhere; whether something is there is asked elsewhere."""
+    problems = []
+    for section, key in (
+        ("model", "name_or_path"),
+        ("tasks", "path"),
+        ("evaluation", "general_path"),
+        ("compare", "runs_dir"),
+        (None, "output_dir"),
+    ):
+        found = mapping if section is None else mapping.get(section, {})
+        path = found.get(key) if isinstance(found, dict) else None
+        why = _why_no_path(path) if isinstance(path, str) else None
+        if why and path is not None:
+            where = key if section is None else f"{section}.{key}"
+            problems.append(f"{where}: {cut(path)} cannot be used ({why}); give another path.")
+    return problems
+
+
+def _why_no_path(path: str) -> str | None:
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):
+        return f"a name has more than {_LONGEST_NAME} bytes"
+    try:
+        os.stat(os.path.expanduser(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _reading(check: "Check") -> "Check":
+    """``check``, which looks at folders, with a sentence where one cannot be read."""
+
+    def checked(mapping: dict[str, Any]) -> list[str]:
+        if _path_problems(mapping):
+            # They are told; nothing can be found there.
+            return []
+        try:
+            return check(mapping)
+        except OSError as error:
+            return [f"{cut(str(error.filename))} cannot be read: {error.strerror or error}; give another path."]
+
+    return checked
+
+
+Check = Callable[[dict[str, Any]], list[str]]
+_CHECKS_OF_VALUES: tuple[Check, ...] = (_method_problems, _training_problems, _adapter_problems)
+_CHECKS: tuple[Check, ...] = (
+    *_CHECKS_OF_VALUES,
+    _path_problems,
+    *map(_reading, (_model_problems, _task_problems, _evaluation_problems)),
 )
 
 
@@ -535,37 +585,73 @@ _PLAIN_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 def _expanded(value: Any, problems: list[str], where: str = "") -> Any:
     """Fill in ``${NAME:-default}`` from the environment, and read 1e-4 as a number (YAML 1.1 calls it text)."""
     if isinstance(value, dict):
-        return {key: _expanded(item, problems, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+        return {key: _expanded(item, problems, _dotted(where, key)) for key, item in value.items()}
     if isinstance(value, list):
         return [_expanded(item, problems, where) for item in value]
     if not isinstance(value, str):
         return value
-    for match in _VARIABLE.finditer(value):
+    # Behind the last one nothing ends, and each "${" would be looked through to the end.
+    end = value.rfind("}") + 1
+    for match in _VARIABLE.finditer(value, 0, end):
         if match[2] is None and match[1] not in os.environ:
             problems.append(
-                f"{where}: the environment variable {match[1]} is not set; set it, or write ${{{match[1]}:-default}}."
+                f"{cut(where)}: the environment variable {match[1]} is not set; set it, or write "
+                f"${{{match[1]}:-default}}."
             )
-    filled = _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[2] or "", value)
+    filled = _VARIABLE.sub(lambda match: os.environ.get(match[1]) or match[2] or "", value[:end]) + value[end:]
     if filled != value:
         # "${STEPS:-100}" means the number, as it would without the variable.
         filled = _scalar(filled)
+        if isinstance(filled, str) and UNSAFE.search(filled):
+            problems.append(f"{cut(where)}: {shown(filled)} holds control characters; set its variables anew.")
     return float(filled) if isinstance(filled, str) and _PLAIN_FLOAT.fullmatch(filled) else filled
 
 
 def _scalar(text: str) -> Any:
     """``text`` as YAML reads it where that is a number or a truth value, else itself."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except YamlTextError:
         return text
     return value if isinstance(value, (bool, int, float)) else text
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+class _Copy:
+    """Plain values of its own, of a mapping that anybody made: in bounds as those of a file are."""
+
+    def __init__(self) -> None:
+        self._left = MOST_NODES
+
+    def of(self, value: Any, where: str = "", depth: int = 0) -> Any:
+        self._left -= 1 + (len(value) // 100 if isinstance(value, str) else 0)
+        if depth > DEEPEST or self._left < 0:
+            raise ConfigError(
+                f"recipe: {cut(where)} holds more than {DEEPEST} levels or {MOST_NODES} values; no recipe needs them."
+            )
+        if isinstance(value, Mapping):
+            return {self._key(key, where): self.of(item, _dotted(where, key), depth + 1) for key, item in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [self.of(item, where, depth + 1) for item in value]
+        why = _why_no_value(value)
+        if why:
+            raise ConfigError(f"{cut(where)}: {shown(value)} {why}.")
+        return value
+
+    def _key(self, key: Any, where: str) -> str:
+        if not isinstance(key, str) or UNSAFE.search(key):
+            raise ConfigError(f"{cut(where) or 'recipe'}: the key {shown(key)} is no plain text; write it in quotes.")
+        return key
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _dotted(where: str, key: Any) -> str:
+    return f"{where}.{cut(str(key), 60)}".lstrip(".")
+
+
+def _why_no_value(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "holds control characters; leave them out" if UNSAFE.search(value) else None
+    if value is None or isinstance(value, bool | float):
+        return None
+    if isinstance(value, int):
+        return "is too large; give a smaller number" if abs(value) > _LARGEST_NUMBER else None
+    return f"is of the type {type(value).__name__}; give text, numbers, truth values, lists and mappings of them"

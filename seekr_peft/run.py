@@ -36,7 +36,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from .checkpoint import checkpoints_in, latest_checkpoint
 from .costs import COSTS_FILE, StepMeter, TaskCost, kept_bytes, read_costs, seconds_into
 from .devices import check_one_device
-from .errors import ConfigError, RunError, RunInUseError, SeekrError
+from .errors import ConfigError, RunError, RunInUseError, SeekrError, cut, shown
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room, warn_of_unreachable
 from .files import write_text
@@ -69,6 +69,7 @@ _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+_CHECKPOINTING_OPTIONS = {"gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"}
 _PACKAGES = ("seekr-peft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -284,9 +285,10 @@ class _Run:
                 with seconds_into(cost, "train_seconds"):
                     trainer.train(resume_from_checkpoint=checkpoint)
                     self.stop.check()
-            except ImportError as error:
-                # A setting that only a training needs a package for.
-                raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+            except Exception as error:
+                if not _is_of_a_setting(error):
+                    raise
+                raise ConfigError(f"training: {_in_one_line(error)}") from error
             finally:
                 meter.close()
         cost.other_seconds -= cost.train_seconds
@@ -326,6 +328,8 @@ class _Run:
             if new in known and old in settings:
                 value = settings.pop(old)
                 settings.setdefault(new, value)
+        for name in _CHECKPOINTING_OPTIONS & settings.keys():
+            settings[name] = _checkpointing_options(name, settings[name])
         if epochs is not None:
             settings["num_train_epochs"] = epochs[index]
         try:
@@ -337,7 +341,7 @@ class _Run:
             )
         except Exception as error:
             # Settings that exclude each other, values out of range, packages that are not installed.
-            raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"training: {_in_one_line(error)}") from error
 
     def _training_precision(self) -> Any:
         """The mixed precision of the training, in which a model is also measured, before the first training too."""
@@ -658,7 +662,7 @@ def _difference(old: Any, new: Any, where: str = "") -> str:
             if found:
                 return found
         return ""
-    return "" if old == new or where == "output_dir" else f"{where} was {old!r}, now {new!r}"
+    return "" if old == new or where == "output_dir" else f"{where} was {shown(old)}, now {shown(new)}"
 
 
 @contextmanager
@@ -774,9 +778,25 @@ def _trainer(method: ContinualMethod, arguments: TrainingArguments, dataset: Any
     except (SeekrError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"training: {_in_one_line(error)}") from error
     _remove_printers(trainer)
     return trainer
+
+
+def _checkpointing_options(name: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    """``given``, without reentrant checkpointing where it says nothing of it."""
+    if given and given.get("offload") and not torch.cuda.is_available():
+        raise ConfigError(f"training.{name}: offload needs a GPU, whose memory it makes room in; leave it out.")
+    return {"use_reentrant": False, **(given or {})}
+
+
+def _is_of_a_setting(error: Exception) -> bool:
+    """Whether a training failed for a setting that needs a package, or a compiler, that only a training asks for."""
+    return isinstance(error, ImportError) or type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def _in_one_line(error: Exception) -> str:
+    return cut(" ".join(str(error).split()) or type(error).__name__, 500)
 
 
 def _remove_printers(trainer: Any) -> None:

@@ -98,8 +98,8 @@ def test_a_config_error_is_a_value_error_and_one_of_ours() -> None:
         ("replay_batch_size", 0, "at least 1"),
         ("row_top_k", 0, "at least 1"),
         ("logit_top_k", -3, "at least 1"),
-        ("teacher_loss_limit", 0.0, "above 0"),
-        ("teacher_entropy_limit", -1.0, "above 0"),
+        ("teacher_loss_limit", 0.0, "above 0 and finite"),
+        ("teacher_entropy_limit", -1.0, "above 0 and finite"),
         ("seed", -1, "at least 0"),
     ],
 )

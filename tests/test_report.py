@@ -211,7 +211,7 @@ def test_broken_metrics_line_is_named_with_its_number(tmp_path: Path) -> None:
 def test_broken_recipe_is_one_sentence(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / "recipe.yaml").write_text("method: [unclosed\nseed: 3")
-    assert "recipe.yaml is not valid YAML" in refusal(run)
+    assert "recipe.yaml is not YAML" in refusal(run)
 
 
 def test_broken_importance_is_named(tmp_path: Path) -> None:

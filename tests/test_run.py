@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -490,6 +491,13 @@ def test_lora_settings_that_do_not_fit_the_model_are_one_sentence(tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
+def test_a_layer_that_the_model_does_not_have_is_named(tmp_path: Path) -> None:
+    adapter = {"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}
+    message = "adapter.layers_to_transform names layer 99, but the model has 4, counted from 0; leave it out."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        run(small_recipe(tmp_path / "run", adapter=adapter))
+
+
 def test_epochs_that_do_not_match_the_tasks_found_on_disk_are_refused(tmp_path: Path) -> None:
     tasks = tmp_path / "tasks" / "only"
     tasks.mkdir(parents=True)
@@ -747,23 +755,37 @@ def test_lines_of_the_metrics_that_are_no_record_are_dropped(
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        ({"bf16": True, "fp16": True}, "bf16"),
-        ({"warmup_steps": -3}, "warmup_steps"),
-        ({"accelerator_config": "nowhere.json"}, r"nowhere\.json"),
+        ({"bf16": True, "fp16": True}, r": fp16 and bf16 exclude each other"),
+        ({"warmup_steps": -3}, r"\.warmup_steps must be a number of at least 0"),
+        ({"accelerator_config": "nowhere.json"}, r"\.accelerator_config must be a mapping, got 'nowhere\.json'"),
+        ({"tf32": True}, ": --tf32 requires Ampere or a newer GPU"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}},
+            r"\.\w+_checkpointing_kwargs: offload needs a GPU, whose memory it makes room in; leave it out\.",
+        ),
     ],
 )
 def test_training_settings_that_exclude_each_other_are_told_before_the_model_is_loaded(
     tmp_path: Path, training: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("seekr_peft.run.load_model", lambda recipe: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match=rf"^training: .*{message}") as caught:
+    with pytest.raises(ConfigError, match=rf"^training{message}") as caught:
         run(small_recipe(tmp_path / "run", training=training))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("training", "message"),
-    [({"adam_beta1": 7.0}, "Invalid beta"), ({"report_to": ["foo"]}, "foo"), ({"optim_args": "foo"}, "unpack")],
+    [
+        ({"optim": "ademamix", "optim_args": "beta1=abc"}, "could not convert string to float: 'abc'"),
+        (
+            {
+                "gradient_accumulation_steps": 2,
+                "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 3}},
+            },
+            "`num_steps` is set but `gradient_accumulation_steps` is greater than 1",
+        ),
+    ],
 )
 def test_training_settings_that_only_the_trainer_checks_are_one_sentence(
     tmp_path: Path, training: dict[str, Any], message: str
@@ -771,6 +793,34 @@ def test_training_settings_that_only_the_trainer_checks_are_one_sentence(
     with pytest.raises(ConfigError, match=rf"^training: .*{message}") as caught:
         run(small_recipe(tmp_path / "run", training=training))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ["torch._dynamo.exc", "builtins"])
+def test_a_compiler_that_is_missing_is_one_sentence_and_a_bug_keeps_its_traceback(
+    module: str, tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = type("BackendCompilerFailed", (RuntimeError,), {"__module__": module})
+
+    def fail(trainer: Any, *args: Any, **kwargs: Any) -> None:
+        raise failure("backend='tvm' raised:\nImportError: please install it " + "x" * 9000)
+
+    monkeypatch.setattr("seekr_peft.run.ContinualTrainer.train", fail)
+    expected = ConfigError if module.startswith("torch") else failure
+    with pytest.raises(expected, match="backend='tvm' raised:") as caught:
+        run(small_recipe(tmp_path / "run", n_tasks=1))
+    if expected is ConfigError:
+        assert str(caught.value).startswith("training: ") and len(str(caught.value)) < 520
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"determinism_check": "none"}])
+def test_checkpointing_is_never_reentrant_because_nothing_is_said(
+    options: dict[str, Any] | None, tmp_path: Path, no_report: None
+) -> None:
+    training = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options, "max_steps": 1}
+    recipe = small_recipe(tmp_path / "run", n_tasks=1)
+    recipe["training"] |= training
+    assert run(recipe).matrix.op() >= 0
 
 
 def test_half_precision_that_a_cpu_does_not_have_is_told(tmp_path: Path, no_report: None) -> None:

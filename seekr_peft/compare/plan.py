@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, cut, shown
 from ..method_names import method_names
 from ..methods import get_method
 from ..recipe import CompareSection, Recipe, load_recipe, task_order
@@ -93,12 +93,12 @@ def plan_comparison(
     if not chosen:
         raise ConfigError("there is no order of the tasks; give one, or how many.")
     seeds = list(section.seeds if seeds is None else seeds)
-    problems = [f"seed {seed!r} must be a whole number of at least 0." for seed in seeds if not _is_seed(seed)]
+    problems = [f"seed {shown(seed)} must be a whole number of at least 0." for seed in seeds if not _is_seed(seed)]
     if not seeds or len(set(seeds)) < len(seeds):
-        problems.append(f"the seeds are {seeds}; give one or more different ones.")
+        problems.append(f"the seeds are {shown(seeds)}; give one or more different ones.")
     labels = [variant.label for variant in variants]
     if methods is None and section.baseline and section.baseline not in labels:
-        problems.append(f"compare.baseline {section.baseline!r} is none of the variants {_labels(variants)}.")
+        problems.append(f"compare.baseline {shown(section.baseline)} is none of the variants {_labels(variants)}.")
     baseline = next((label for label in (section.baseline, "replay") if label in labels), None)
     if problems:
         raise ConfigError(problems)
@@ -115,24 +115,24 @@ def _variants(recipe: Recipe, section: CompareSection, methods: Sequence[str] | 
     labels = list(methods or section.variants or DEFAULT_METHODS)
     known = method_names()
     problems = [
-        f"{label!r} is neither a variant of the recipe ({', '.join(section.variants) or 'it has none'}) nor a method "
-        f"({', '.join(known)})."
+        f"{shown(label)} is neither a variant of the recipe ({cut(', '.join(section.variants)) or 'it has none'}) nor "
+        f"a method ({', '.join(known)})."
         for label in labels
         if label not in section.variants and label not in known
     ]
     problems += [
-        f"compare.variants: the label {label!r} must be one line without commas, which --methods takes apart, and "
+        f"compare.variants: the label {shown(label)} must be one line without commas, which --methods takes apart, and "
         f"without blanks around it."
         for label in labels
         if "," in label or label != label.strip() or len(label.splitlines()) != 1
     ]
     if len(set(labels)) < len(labels):
-        problems.append(f"the variants {', '.join(labels)} name one twice; name each once.")
+        problems.append(f"the variants {cut(', '.join(labels))} name one twice; name each once.")
     if problems:
         raise ConfigError(problems)
     unclear = [
-        f"compare.variants: {label!r} has the key {key!r}; write single keys of the recipe with dots, such as "
-        f"method.head_choice."
+        f"compare.variants: {shown(label)} has the key {shown(key)}; write single keys of the recipe with dots, such "
+        f"as method.head_choice."
         for label in labels
         for key in section.variants.get(label, {})
         if ("." not in key.strip(".") and key not in _SET_BY_THE_COMPARISON) or key.startswith("compare.")
@@ -140,8 +140,8 @@ def _variants(recipe: Recipe, section: CompareSection, methods: Sequence[str] | 
     if unclear:
         raise ConfigError(unclear)
     taken = {
-        f"compare.variants: {label!r} sets {key}, which the comparison sets itself; use compare.seeds, compare.orders, "
-        f"or output_dir of the recipe."
+        f"compare.variants: {shown(label)} sets {cut(key)}, which the comparison sets itself; use compare.seeds, "
+        f"compare.orders, or output_dir of the recipe."
         for label in labels
         for key in section.variants.get(label, {})
         if key in _SET_BY_THE_COMPARISON
@@ -156,8 +156,8 @@ def _variants(recipe: Recipe, section: CompareSection, methods: Sequence[str] | 
         modes = get_method(name).adapter_modes if name in known else ()
         if modes and "adapter.mode" in settings and settings["adapter.mode"] not in modes:
             raise ConfigError(
-                f"compare.variants: {label!r} sets adapter.mode {settings['adapter.mode']!r}, but method {name!r} "
-                f"needs {' or '.join(modes)}; leave it out."
+                f"compare.variants: {shown(label)} sets adapter.mode {shown(settings['adapter.mode'])}, but method "
+                f"{name!r} needs {' or '.join(modes)}; leave it out."
             )
         if modes and settings.get("adapter.mode", recipe.adapter.mode) not in modes:
             settings["adapter.mode"] = modes[0]
@@ -182,16 +182,19 @@ def _orders(own: list[str], orders: int | Sequence[Sequence[str]]) -> list[list[
                 found.append(shuffled)
         if len(found) < orders or orders < 1:
             raise ConfigError(
-                f"{orders} different orders of {len(own)} tasks are not to be had; ask for another number."
+                f"{shown(orders)} different orders of {len(own)} tasks are not to be had; ask for another number."
             )
         return found
     found = [list(order) for order in orders]
     if len({tuple(order) for order in found}) < len(found):
-        raise ConfigError(f"the orders {found} have one twice, whose runs would count as others; name each once.")
+        raise ConfigError(
+            f"the orders {shown(found)} have one twice, whose runs would count as others; name each once."
+        )
     wrong = [order for order in found if sorted(order) != sorted(own)]
     if wrong:
         raise ConfigError(
-            f"the order {', '.join(wrong[0])} is not one of the recipe's tasks {', '.join(own)}; name each once."
+            f"the order {cut(', '.join(wrong[0]))} is not one of the recipe's tasks {cut(', '.join(own))}; "
+            f"name each once."
         )
     return found
 
@@ -217,7 +220,7 @@ def _job(recipe: Recipe, variant: Variant, number: int, order: list[str], own: l
     try:
         return Job(variant, number, seed, load_recipe(mapping, settings))
     except ConfigError as error:
-        raise ConfigError([f"variant {variant.label!r}: {problem}" for problem in error.problems]) from None
+        raise ConfigError([f"variant {shown(variant.label)}: {problem}" for problem in error.problems]) from None
 
 
 def _as_yaml(value: Any) -> str:
@@ -226,7 +229,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _labels(variants: list[Variant]) -> str:
-    return ", ".join(repr(variant.label) for variant in variants)
+    return cut(", ".join(repr(variant.label) for variant in variants))
 
 
 def _is_seed(seed: Any) -> bool:

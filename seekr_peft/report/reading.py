@@ -2,8 +2,8 @@
 
 Only state.json and (once a task is finished) accuracy_matrix.json must be there. Whatever else is
 missing is `None` or empty in the record, so that a run of any method, stopped at any point, can be
-shown; but a file that the run's manifests list must be what was written. Imports errors.py and
-manifest.py.
+shown; but a file that the run's manifests list must be what was written. Imports errors.py,
+manifest.py and yaml_text.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from seekr_peft.errors import RunError
 from seekr_peft.manifest import StoredFiles
+from seekr_peft.yaml_text import YamlTextError, read_yaml
 
 LOSS_TERMS = {
     "loss": "task loss",
@@ -291,11 +291,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{path} is not valid YAML ({reason}): correct it or remove it") from error
-    return _as_mapping(recipe)
+        return _as_mapping(read_yaml(path))
+    except YamlTextError as error:
+        raise RunError(f"{path} {str(error).rstrip('.')}; correct it or remove it.") from error
 
 
 def _read_general(path: Path, tasks: list[str]) -> list[GeneralCurve]:
