@@ -170,11 +170,11 @@ def _input_kind(name: str, value: Any, parameters: Collection[str]) -> str:
     return ""
 
 
-def _is_media(name: str, value: Any) -> bool:
+def _is_media(name: Any, value: Any) -> bool:
     if name in _MEDIA_NAMES and value is not None and _size(value) > 0:
         return True
     if isinstance(value, Mapping):
-        return any(_is_media(str(key), inner) for key, inner in value.items())
+        return any(_is_media(key, inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         return any(_is_media("", inner) for inner in value)
     return isinstance(value, (bytes, bytearray)) or type(value).__module__.split(".")[0] in _MEDIA_MODULES

@@ -131,6 +131,15 @@ def test_an_sft_step_replays_with_logits_and_attention(
     assert method.task_names == [task.name for task in tasks]
 
 
+def test_a_set_of_splits_is_refused_by_name(tmp_path: Path, tasks: list[Task]) -> None:
+    pytest.importorskip("trl")
+    from seekr_peft import ContinualSFTTrainer
+
+    method, splits = make_method(demo_model(), tmp_path / "method"), {"train": tasks[0].train}
+    with pytest.raises(DataError, match="train_dataset is a dict with the splits 'train'"), method.task("first"):
+        ContinualSFTTrainer(model=method.model, method=method, train_dataset=splits)
+
+
 def test_the_replay_gradient_is_the_same_as_without_trl(tmp_path: Path, tasks: list[Task], tokenizer: Any) -> None:
     pytest.importorskip("trl")
     gradients = []

@@ -227,6 +227,52 @@ def test_a_column_of_messages_that_holds_others_is_refused(text: str) -> None:
         Task.from_records("t", [{**ROWS[0], "prompt_messages": text}])
 
 
+VALUES = st.recursive(
+    st.sampled_from(
+        [None, True, 0, -1, 2.5, float("nan"), float("inf"), "", " ", "p", "\ud83d", "\x1b[31m", b"p", object()]
+    )
+    | st.sampled_from(
+        [np.str_("p"), np.array(["p"]), np.float32(1), pyarrow.scalar("p"), 10**4000, {1, 2}, "p" * 10**5]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "tool_calls", "a", 1, "\ud83d", "\x1b"]), inner, max_size=4
+        )
+        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "p"]), "content": inner})
+    ),
+    max_leaves=6,
+)
+KEYS = ["prompt", "answer", "completion", "instruction", "messages", "tools", "chat_template_kwargs", "prompt_messages"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from([*KEYS, "other", 3]), VALUES, max_size=4), min_size=1, max_size=2))
+def test_any_row_is_a_sample_or_refused_in_one_clear_line(rows: list[dict[Any, Any]]) -> None:
+    made, said = made_or_said(rows)
+    assert made is None or made.fingerprint() == Task.from_records("t", rows).fingerprint()
+    assert made is not None or said.startswith("Task 't', train row ")
+    assert len(said) < 700
+    assert said.isprintable()
+
+
+def made_or_said(rows: list[Any]) -> tuple[Task | None, str]:
+    try:
+        return Task.from_records("t", rows), ""
+    except DataError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_number_that_python_does_not_write_out_is_refused(key: str) -> None:
+    endless = 10**5000
+    for value in (endless, [{"role": "user", "content": "q", "x": endless}], [{endless: 1}], {"a": endless}):
+        made, said = made_or_said([{"prompt": MESSAGES[:1], "answer": "a", key: value}])
+        # A column that is not looked at may hold anything.
+        assert made is not None or ("train row 0" in said and len(said) < 700)
+
+
 # ------------------------------------------------------------------ CSV
 
 

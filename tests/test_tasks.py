@@ -185,6 +185,13 @@ def test_tokenised_training_samples_and_text_for_testing(tokenizer):
     assert task.test[0] == ROWS[0]
 
 
+def test_a_task_without_a_test_set_is_tokenised(tokenizer):
+    task = Task.from_records("t", ROWS[:1]).tokenized(tokenizer)
+    assert task.train["input_ids"] == [[2, 3, 0]]
+    assert task.test is None
+    assert task.prompt_room(tokenizer, 64) == 62
+
+
 def test_shortened_samples_are_counted_and_logged(tokenizer, caplog):
     rows = [{"prompt": "p0 " * 9, "answer": "a0"}, ROWS[0], {"prompt": "p0 " * 30, "answer": "a0"}]
     with caplog.at_level(logging.INFO):

@@ -49,7 +49,8 @@ def check_name(name: str) -> None:
 
 def _closest(name: Any, known: Iterable[Any]) -> str | None:
     """The known name that resembles another one most; long texts, which take long to compare, resemble none."""
-    lowered = {str(each).lower(): str(each) for each in known if len(str(each)) <= _LONGEST_NAME_TO_COMPARE}
+    names = [each for each in known if isinstance(each, str) and len(each) <= _LONGEST_NAME_TO_COMPARE]
+    lowered = {each.lower(): each for each in names}
     wanted = str(name).lower()
     close = difflib.get_close_matches(wanted[: _LONGEST_NAME_TO_COMPARE + 1], list(lowered), n=1)
     return lowered[close[0]] if close else None
@@ -251,7 +252,7 @@ def _listed_messages(value: Any) -> Any:
     if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
         return value
     columns = {key: plain(own) for key, own in value.items()}
-    if not all(isinstance(own, list) and len(own) == len(columns["role"]) for own in columns.values()):
+    if not all(isinstance(own, list) for own in columns.values()) or len({len(own) for own in columns.values()}) > 1:
         return value
     return [dict(zip(columns, own, strict=True)) for own in zip(*columns.values(), strict=True)]
 
@@ -336,14 +337,21 @@ def _checked_tree(value: Any, place: str) -> Any:
         return check_text(value, "a text", place)
     if isinstance(value, Mapping):
         return {
-            check_text(str(key), "a key", place): _checked_tree(own, f"{place}, {_brief(key, 30)}"[:_LONGEST_PLACE])
+            check_text(key if isinstance(key, str) else shown(key), "a key", place): _checked_tree(
+                own, f"{place}, {_brief(key, 30)}"[:_LONGEST_PLACE]
+            )
             for key, own in value.items()
         }
     if isinstance(value, list):
         return [_checked_tree(own, place) for own in value]
-    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or (isinstance(value, int | float) and _is_writable(value)):
         return value
     raise DataError(f"{place} holds {_brief(value)}, a {type(value).__name__}, which is no JSON; convert it to text.")
+
+
+def _is_writable(number: int | float) -> bool:
+    """Whether a number is one in JSON, too: finite, and of no more digits than Python writes out."""
+    return abs(number) < 10**4000 if isinstance(number, int) else math.isfinite(number)
 
 
 def _instruction(row: Mapping[str, Any], field: Field | None, place: str) -> str:
