@@ -56,7 +56,10 @@ _TOLD = 50
 
 class _Section(BaseModel):
     # "model" is a key of the contract, not pydantic's namespace.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    # Infinite numbers stay what they are, so that a stored recipe is the same one.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), ser_json_inf_nan="constants"
+    )
 
 
 class ModelSection(_Section):
@@ -75,7 +78,7 @@ class ModelSection(_Section):
 class AdapterSection(_Section):
     """``mode`` and ``rank_limit`` of the adapter stack; every other key is one of ``LoraConfig``'s."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow")
     mode: Literal["stack", "continue"] = "stack"
     rank_limit: Count | Literal["auto"] | None = "auto"
     """Largest rank of the earlier adapters' sum; auto: 8 times ``r``; null: no limit, and every task costs more."""

@@ -100,10 +100,12 @@ FREE = frozenset(
 
 
 def above(low: float, most: float = LARGEST_WHOLE) -> tuple[Bound, ...]:
+    """Numbers in (``low``, ``most``]."""
     return ((f"above {low}", lambda value: value > low), _at_most(most))
 
 
 def at_least(low: float, most: float = LARGEST_WHOLE) -> tuple[Bound, ...]:
+    """Numbers in [``low``, ``most``]."""
     return ((f"of at least {low}", lambda value: value >= low), _at_most(most))
 
 
@@ -268,9 +270,7 @@ def training_problems(training: Mapping[str, Any], fields: Mapping[str, Setting]
                 )
         else:
             problems += _value_problems("training.", key, value, fields[key].annotation, TRAINING_BOUNDS)
-    return problems + [
-        f"training: {problem}" for applies, problem in _TRAINING_TOGETHER if _fits_no_type(applies, training)
-    ]
+    return problems + [f"training: {problem}" for applies, problem in _TRAINING_TOGETHER if _applies(applies, training)]
 
 
 def lora_problems(adapter: Mapping[str, Any], fields: Mapping[str, Setting]) -> list[str]:
@@ -290,7 +290,7 @@ def lora_problems(adapter: Mapping[str, Any], fields: Mapping[str, Setting]) -> 
                 problems.append(f"adapter.{key} must be false, got {shown(value)}; the adapter is trained.")
         elif key not in SOME_VALUES or key == "init_lora_weights":
             problems += _value_problems("adapter.", key, value, fields[key].annotation, LORA_BOUNDS)
-    return problems + [f"adapter: {problem}" for applies, problem in _LORA_TOGETHER if _fits_no_type(applies, adapter)]
+    return problems + [f"adapter: {problem}" for applies, problem in _LORA_TOGETHER if _applies(applies, adapter)]
 
 
 def _value_problems(
@@ -435,7 +435,7 @@ def _are_in(value: Any, choices: list[str]) -> bool:
 # Settings that exclude or need each other ---------------------------------------------------------------------------
 
 
-def _fits_no_type(applies: Callable[[Mapping[str, Any]], bool], settings: Mapping[str, Any]) -> bool:
+def _applies(applies: Callable[[Mapping[str, Any]], bool], settings: Mapping[str, Any]) -> bool:
     try:
         return applies(settings)
     except (TypeError, AttributeError):

@@ -179,3 +179,43 @@ def test_a_budget_is_never_zero_and_never_more_than_there_is(available: int, bud
 
 def test_a_mistake_that_was_found_twice_is_said_once() -> None:
     assert ConfigError(["no such path", "no such key", "no such path"]).problems == ["no such path", "no such key"]
+
+
+# Values from a file that nobody has looked at -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SeekrConfig)])
+@pytest.mark.parametrize("value", ["x" * 90_000, [0] * 90_000, {"a": "y" * 9000}, "a\nb" * 90], ids=range(4))
+def test_a_huge_value_is_repeated_in_at_most_200_characters(name: str, value: Any) -> None:
+    (problem,) = refusal(**{name: value})
+    assert problem.startswith(f"{name} must be ") and len(problem) < 400 and len(problem.splitlines()) == 1
+
+
+def test_no_number_is_larger_than_libraries_take() -> None:
+    numbers = {
+        field.name: field.default for field in dataclasses.fields(SeekrConfig) if type(field.default) in (int, float)
+    }
+    assert len(numbers) > 15
+    for name in numbers:
+        for value in (2**31, 10**5000, 1e300, float("inf"), float("nan")):
+            (problem,) = refusal(**{name: value})
+            assert problem.startswith(f"{name} must be ") and len(problem) < 300
+
+
+def test_many_or_long_unknown_keys_are_told_in_short() -> None:
+    (problem,) = refusal(**{"k" * 90_000: 1})
+    assert (
+        "kkk...kkk is an unknown key; known keys are replay_ratio, " in problem.replace("k" * 35, "")
+        and len(problem) < 900
+    )
+    found = refusal(**{f"key{n}": n for n in range(5000)})
+    assert len(found) == 21 and found[-1] == "there are 4980 more unknown keys."
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "nothing", '{"lambda1": ' + "9" * 5000 + "}"])
+def test_a_file_that_is_no_config_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        SeekrConfig.load(tmp_path / "config.json")
+    (problem,) = caught.value.problems
+    assert len(problem) < 500 and len(problem.splitlines()) == 1

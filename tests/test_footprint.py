@@ -393,13 +393,14 @@ def test_no_memory_is_refused(tmp_path: Path, memory: str) -> None:
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"target_modules": ["no_such_module"]}, "no_such_module"),
-        ({"rank_pattern": {"q_proj": 0}}, "positive"),
-        ({"target_modules": 3}, "TypeError"),
+        ({"target_modules": ["no_such_module"]}, ": .*no_such_module"),
+        ({"exclude_modules": ".*"}, ": .*All modules were excluded"),
+        ({"rank_pattern": {"q_proj": 0}}, r"\.rank_pattern must be a mapping of whole numbers from 1"),
+        ({"target_modules": 3}, r"\.target_modules must be text or a list of text"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_sentence(tmp_path: Path, adapter: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^adapter: .*{message}") as caught:
+    with pytest.raises(ConfigError, match=rf"^adapter{message}") as caught:
         estimate_footprint(recipe(tmp_path, adapter=adapter))
     assert "\n" not in str(caught.value)
 

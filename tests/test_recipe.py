@@ -413,6 +413,14 @@ def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == found
 
 
+def test_an_infinite_number_in_a_variant_is_stored_as_what_it_is(tmp_path: Path) -> None:
+    found = load_recipe(recipe(compare={"variants": {"a": {"method.lambda2": math.inf}}}))
+    save_recipe(found, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == found
+    with pytest.raises(ConfigError, match=r"variant 'a': method\.lambda2 must be a number, got 'Infinity'"):
+        plan_comparison(found)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -208,10 +208,22 @@ def test_broken_metrics_line_is_named_with_its_number(tmp_path: Path) -> None:
     assert f"{path}, line 1 is not valid JSON" in refusal(run)
 
 
-def test_broken_recipe_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: [unclosed\nseed: 3", "recipe.yaml is not YAML: "),
+        ("a: &a [*a]", "the alias *a stands for something that holds it"),
+        ("[" * 100_000, "more than 20 levels"),
+        ("seed: 1\nseed: 2", "the key seed is given twice, in line 1 and in line 2"),
+        ('method: {name: "\\e[31m"}', "holds control characters"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_broken_recipe_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
-    (run / "recipe.yaml").write_text("method: [unclosed\nseed: 3")
-    assert "recipe.yaml is not YAML" in refusal(run)
+    (run / "recipe.yaml").write_text(text)
+    found = refusal(run)
+    assert message in found and found.endswith("; correct it or remove it.") and len(found.splitlines()) == 1
 
 
 def test_broken_importance_is_named(tmp_path: Path) -> None:
