@@ -717,7 +717,7 @@ def _fill(model: nn.Module, name: str, factors: dict[str, tuple[Tensor, Tensor]]
 def _saved_rank(directory: Path) -> int:
     try:
         return int(LoraConfig.from_pretrained(str(directory)).r)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterError(f"{directory} cannot be read ({error}); start the run again without --resume.") from error
 
 
@@ -733,7 +733,7 @@ def _load(model: PeftModel, name: str, directory: Path) -> None:
     try:
         saved = LoraConfig.from_pretrained(str(directory))
         weights = load_peft_weights(str(directory), device="cpu")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise AdapterError(f"{directory} cannot be read ({error}); start the run again without --resume.") from error
     for key in _SETTINGS:
         found, wanted = getattr(saved, key), getattr(model.peft_config[name], key)

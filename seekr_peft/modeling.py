@@ -1,6 +1,6 @@
 """Load a recipe's base model, tokenizer and LoRA adapter, and refuse those that are not whole.
 
-May import ``adapters``, ``recipe``, ``model_kind``, ``quantized``, ``tasks`` and ``errors``.
+May import ``adapters``, ``base_files``, ``recipe``, ``model_kind``, ``quantized``, ``tasks`` and ``errors``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .adapters import check_no_hidden_adapter
 from .attention.support import EAGER
+from .base_files import folder_problem, size_problem
 from .errors import ConfigError, SeekrError, cut
 from .model_kind import (
     causal_class,
@@ -52,6 +53,7 @@ _NUMBER = re.compile(r"\d+")
 _EXPERT = re.compile(r"(?P<layer>.*\bexperts\.)(\d+)\.(.+)")
 _LFS_POINTER = b"version https://git-lfs"
 _WEIGHT_NAMES = ("weight", "bias")
+_OTHER_FORMATS = "; weights in a format that can run code when it is read are taken with model.use_safetensors: false"
 _TEXT_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -84,6 +86,9 @@ def read_config(model: ModelSection) -> Any:
         ConfigError: It cannot be read, is of a model that cannot be trained here, or of one that is stored in another
             quantisation than is asked for.
     """
+    folder = Path(resolve_name(model))
+    # A recipe's folder was looked at with the recipe, but not that of a stored one.
+    _refuse(model, folder_problem(folder, model.use_safetensors) if folder.is_dir() else None)
     try:
         config = AutoConfig.from_pretrained(resolve_name(model), trust_remote_code=model.trust_remote_code)
     except Exception as error:
@@ -91,9 +96,15 @@ def read_config(model: ModelSection) -> Any:
         raise ConfigError(
             f"model.name_or_path: the configuration of {model.name_or_path} cannot be read: {_one_line(error)}"
         ) from error
+    _refuse(model, size_problem(folder, config.get_text_config()) if folder.is_dir() else None)
     check_checkpoint(config, model.name_or_path, model.trust_remote_code)
     _check_quantization(model, config)
     return config
+
+
+def _refuse(model: ModelSection, problem: str | None) -> None:
+    if problem:
+        raise ConfigError(f"model.name_or_path: {cut(model.name_or_path)} {problem}")
 
 
 def attention_implementation(wanted: str, config: Any) -> str:
@@ -121,6 +132,7 @@ def _load(model: ModelSection, config: Any, chat: bool) -> tuple[Any, Any]:
                 output_loading_info=True,
                 # They are told below, by name.
                 ignore_mismatched_sizes=True,
+                use_safetensors=True if model.use_safetensors else None,
                 **_quantization_options(model, config),
                 **common,
             )
@@ -131,7 +143,8 @@ def _load(model: ModelSection, config: Any, chat: bool) -> tuple[Any, Any]:
         # A broken file, a package that is missing, a setting that the family does not have.
         _check_made_up(error, report, config, model)
         raise ConfigError(
-            f"model.name_or_path: {model.name_or_path} cannot be loaded: {_one_line(error)}{_broken_file(name)}"
+            f"model.name_or_path: {cut(model.name_or_path)} cannot be loaded: {_one_line(error)}{_broken_file(name)}"
+            f"{_OTHER_FORMATS if model.use_safetensors and 'safetensors' in str(error) else ''}"
         ) from error
     return tokenizer, base
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from .base_files import folder_problem
 from .config import SeekrConfig, unknown_key, unknown_keys
 from .errors import ConfigError, cut, shown
 from .files import write_text
@@ -73,6 +74,8 @@ class ModelSection(_Section):
     """None: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
     attn_implementation: Name = "sdpa"
     trust_remote_code: bool = False
+    use_safetensors: bool = True
+    """False: weights in a format that can run code when it is read are taken, too."""
 
 
 class AdapterSection(_Section):
@@ -457,7 +460,8 @@ def _model_problems(mapping: dict[str, Any]) -> list[str]:
         return [f"model.name_or_path: {shown_name} {beside}"]
     if not (folder / "config.json").is_file():
         return [f"model.name_or_path: {shown_name} has no config.json; give a model folder or a name on the hub."]
-    return []
+    problem = folder_problem(folder, mapping["model"].get("use_safetensors") is not False)
+    return [f"model.name_or_path: {shown_name} {problem}"] if problem else []
 
 
 def _task_problems(mapping: dict[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ LEVELS = [
         "stopping",
         "yaml_text",
         "setting_rules",
+        "base_files",
     },
     {"heads"},
     {"attention", "tasks"},
