@@ -294,6 +294,15 @@ class ContinualTrainerMixin:
             kept = [each.state() for each in found]
             states[name] = kept if isinstance(states[name], list) else kept[0]
 
+    def _load_callback_state(self) -> None:
+        # transformers' own only where it is asked for: early stopping would count its patience anew.
+        kept = {name: list(_as_list(states)) for name, states in self.state.stateful_callbacks.items()}  # type: ignore[attr-defined]
+        for callback in self._stateful():
+            states = kept.get(type(callback).__name__, [])
+            if states and callback is not self.control:  # type: ignore[attr-defined]
+                for name, value in states.pop(0)["attributes"].items():
+                    setattr(callback, name, value)
+
     def _stateful(self) -> list[Any]:
         everyone = [*self.callback_handler.callbacks, self.control]  # type: ignore[attr-defined]
         return [each for each in everyone if isinstance(each, ExportableState)]
@@ -507,6 +516,10 @@ def _check_labelled(dataset: Any) -> None:
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _on(value: Any, device: torch.device) -> Any:

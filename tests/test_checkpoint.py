@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama
-from transformers import TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig
 from seekr_peft.checkpoint import load_training, random_state, save_training, set_random_state
@@ -341,3 +341,57 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     drawn = draw()
     set_random_state(load_training(tmp_path))
     assert draw() == drawn
+
+
+def test_a_first_task_goes_on_in_a_method_made_anew(tmp_path: Path) -> None:
+    results = []
+    for folder, stop in ((tmp_path / "whole", None), (tmp_path / "stopped", 7)):
+        method = method_in(folder / "method")
+        if stop is not None:
+            with pytest.raises(Killed), method.task("first", FIRST):
+                trainer(method, arguments(folder / "out"), FIRST, stop).train()
+            torch.manual_seed(77)
+            lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
+            method = Seekr(get_peft_model(tiny_llama(), lora), CONFIG, directory=folder / "method")
+        with method.task("first", FIRST):
+            trainer(method, arguments(folder / "out"), FIRST).train(resume_from_checkpoint=stop is not None)
+        results.append(files_of(folder / "method"))
+    assert results[0] == results[1]
+
+
+def test_a_checkpoint_with_evaluations_and_early_stopping_goes_on(tmp_path: Path) -> None:
+    """The best checkpoint is known after the stop too."""
+    settings = {
+        "eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True, "metric_for_best_model": "loss",
+    }  # fmt: skip
+    results = []
+    for folder, stop in ((tmp_path / "whole", None), (tmp_path / "stopped", 12)):
+        method = method_in(folder / "method", "sequential")
+
+        def made(out: Path, stop_after: int | None, method: Any = method) -> Any:
+            built = ContinualTrainer(
+                method=method,
+                args=arguments(out, **settings),
+                train_dataset=FIRST,
+                eval_dataset=SECOND[:6],
+                callbacks=[EarlyStoppingCallback(2, 99.0)],
+            )
+            step = built.training_step
+
+            def stopping(*given: Any, **more: Any) -> Any:
+                if built.state.global_step == stop_after:
+                    raise Killed
+                return step(*given, **more)
+
+            built.training_step = stopping
+            return built
+
+        if stop is not None:
+            with pytest.raises(Killed), method.task("first"):
+                made(folder / "out", stop).train()
+        with method.task("first"):
+            trained = made(folder / "out", None)
+            trained.train(resume_from_checkpoint=stop is not None)
+        assert trained.state.global_step == 15, "patience ran out: no evaluation is better by 99"
+        results.append((files_of(folder / "method"), Path(trained.state.best_model_checkpoint).name))
+    assert results[0] == results[1]

@@ -669,6 +669,29 @@ def test_a_run_does_not_go_on_with_another_base_or_other_data(
     assert run(recipe, resume=True).matrix.op() >= 0
 
 
+def test_one_bit_of_the_base_is_noticed(tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(BASE_PATH, base)
+    recipe = {**stopped_after_one_task(tmp_path / "run", monkeypatch), "output_dir": str(tmp_path / "other")}
+    recipe["model"] = {"name_or_path": str(base), "quantization": "none"}
+    evaluate = run_module.evaluate_task
+    monkeypatch.setattr(run_module, "evaluate_task", None)
+    with pytest.raises(TypeError):
+        run(recipe)
+    monkeypatch.setattr(run_module, "evaluate_task", evaluate)
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(RunError, match=r"cannot go on: the base model .* changed since it began"):
+        run(recipe, resume=True)
+    content[-4] ^= 1
+    weights.write_bytes(content)
+    assert run(recipe, resume=True).matrix.op() >= 0
+
+
 def test_a_run_without_its_state_is_not_scored_anew(tmp_path: Path, no_report: None) -> None:
     run(small_recipe(tmp_path / "run", n_tasks=2))
     (tmp_path / "run" / "state.json").unlink()
