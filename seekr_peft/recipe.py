@@ -17,7 +17,7 @@ from .errors import ConfigError
 from .files import write_text
 from .library_settings import Setting, lora_settings, training_choices, training_settings
 from .method_names import ADAPTER_MODES, method_names
-from .plain_lora import adapter_in_base, why_refused
+from .plain_lora import why_refused
 
 if TYPE_CHECKING:
     from .evaluation.general import GeneralTest
@@ -76,6 +76,8 @@ class ModelSection(_Section):
     """None: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
+    use_safetensors: bool = True
+    """False: weights that are there as pytorch_model.bin alone are read too, a format that can run code."""
 
 
 class AdapterSection(_Section):
@@ -459,11 +461,12 @@ def _model_problems(mapping: dict[str, Any]) -> list[str]:
         return [f"model.name_or_path: {name} is no folder and no owner/name on the hub; did you mean {DEMO}?"]
     if name == DEMO or not looks_local:
         return []
-    beside = adapter_in_base(Path(name).expanduser())
-    if beside:
-        return [f"model.name_or_path: {name} {beside}"]
-    if not (Path(name).expanduser() / "config.json").is_file():
-        return [f"model.name_or_path: {name} has no config.json; give a model folder or a name on the hub."]
+    from .base_files import check_base_files
+
+    try:
+        check_base_files(Path(name).expanduser(), name, mapping["model"].get("use_safetensors", True) is not False)
+    except ConfigError as error:
+        return error.problems
     return []
 
 

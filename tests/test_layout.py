@@ -17,9 +17,9 @@ SOURCE = Path(seekr_peft.__file__).parent
 # A module imports only from levels above its own line. Two names on one line do not know each other.
 LEVELS = [
     {"errors", "peak_memory", "library_settings", "method_names", "plain_lora"},
-    {"files"},
+    {"files", "paths"},
     {"manifest"},
-    {"config", "progress", "costs", "devices", "divergence", "inputs", "checkpoint", "stopping"},
+    {"config", "progress", "costs", "devices", "divergence", "inputs", "checkpoint", "stopping", "base_files"},
     {"heads"},
     {"attention", "tasks"},
     {"losses", "evaluation"},
