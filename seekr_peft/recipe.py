@@ -13,14 +13,23 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import SeekrConfig, unknown_key
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .files import write_text
 from .library_settings import Setting, lora_settings, training_choices, training_settings
 from .method_names import ADAPTER_MODES, method_names
+from .paths import given_path, path_problem, reason
 from .plain_lora import why_refused
 
 if TYPE_CHECKING:
     from .evaluation.general import GeneralTest
+
+_PATHS = (
+    ("", "output_dir"),
+    ("model", "name_or_path"),
+    ("tasks", "path"),
+    ("evaluation", "general_path"),
+    ("compare", "runs_dir"),
+)
 
 DEMO = "demo"
 """As ``model.name_or_path`` and ``tasks.format``: the model and tasks that ship with the package."""
@@ -190,17 +199,39 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     """
     if isinstance(source, Recipe):
         source = source.to_dict()
-    mapping = _read_extended(Path(source)) if isinstance(source, (str, Path)) else _copied(source)
+    mapping = (
+        _read_extended(given_path(source, "recipe", ConfigError))
+        if isinstance(source, (str, Path))
+        else _copied(source)
+    )
     problems: list[str] = []
     for override in overrides:
         _override(mapping, override, problems)
     mapping = _expanded(mapping, problems)
+    if unusable := _fill_in_paths(mapping):
+        # What the checks look for in the file system cannot be looked for.
+        raise ConfigError([*problems, *unusable])
     recipe = _validated(mapping, problems)
     for check in _CHECKS:
         problems += _without_crash(check, mapping)
     if problems or recipe is None:
         raise ConfigError(problems)
     return _resolved(recipe)
+
+
+def _fill_in_paths(mapping: dict[str, Any]) -> list[str]:
+    """Fill in ``~`` in the recipe's paths; what is wrong with them, as far as any program would see."""
+    problems = []
+    for section, key in _PATHS:
+        values = mapping.get(section) if section else mapping
+        value = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(value, str):
+            continue
+        if problem := path_problem(value):
+            problems.append(f"{section}.{key}".lstrip(".") + f" {shown(value)} {problem}; give another path.")
+        elif isinstance(values, dict) and key != "name_or_path":
+            values[key] = str(Path(value).expanduser()) if value.startswith("~") else value
+    return problems
 
 
 def task_order(recipe: Recipe) -> list[str]:
@@ -263,7 +294,9 @@ def _read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return mapping
     if not isinstance(parent, str) or path.resolve() in seen:
         raise ConfigError(f"recipe {path}: extends is {parent!r}; give another recipe's file name, not in a circle.")
-    return _laid_over(_read_extended(path.parent / parent, (*seen, path.resolve())), mapping)
+    return _laid_over(
+        _read_extended(given_path(path.parent / parent, "recipe", ConfigError), (*seen, path.resolve())), mapping
+    )
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -529,6 +562,8 @@ def _without_crash(check: Callable[[dict[str, Any]], list[str]], mapping: dict[s
         return check(mapping)
     except (KeyError, TypeError, AttributeError):
         return []
+    except OSError as error:
+        return [f"{error.filename}: {reason(error)}; check that path."]
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

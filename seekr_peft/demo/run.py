@@ -16,8 +16,10 @@ from rich.table import Table
 
 from ..compare import FinishedRun, Variant, check_comparable
 from ..errors import RunError
+from ..paths import given_path
 from ..report import write_comparison
 from ..run import RunResult, run_recipe
+from ..terminal import TerminalConsole
 
 METHODS = ("sequential", "replay", "seekr")
 MARKER = ".seekr-peft-demo"
@@ -52,8 +54,8 @@ def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> P
     Returns:
         The path of the page that shows the three side by side.
     """
-    console = console or Console()
-    directory = Path(out)
+    console = console or TerminalConsole()
+    directory = given_path(out, "the folder of the demo")
     _prepare(directory)
     started = time.monotonic()
     # On so small a model a second thread gains little, and on a busy machine waiting for it costs four times as much.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from seekr_peft.errors import DataError
 from seekr_peft.inputs import check_media
+from seekr_peft.paths import special_kind
 from seekr_peft.tasks.text import Conversation
 
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
 def read_text(path: Path) -> str:
     """A UTF-8 file's text (a byte-order mark is dropped), or a DataError that names the file."""
     try:
+        if kind := special_kind(path):
+            raise DataError(f"{path} {kind}; give a file.")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
