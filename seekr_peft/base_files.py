@@ -1,118 +1,218 @@
-"""The files of a base model's folder, looked at before anything of it is loaded. May import ``errors``.
+"""The files of a base model's folder, looked at before a library reads them. May import ``plain_lora``, ``errors`` and
+``paths``.
 
-transformers passes over some that it cannot read (a generation_config.json, whose end tokens then are others), takes
-the sizes in config.json as they are and asks for as much memory, and falls back to a format of weights that can run
-code when it is read.
+transformers, tokenizers and safetensors each fail in their own way on a damaged file, or do not fail at all. Here each
+file that they would read is opened first: JSON, text, the headers of the weights; no tensor is read.
 """
 
 from __future__ import annotations
 
 import json
-import stat
-from collections.abc import Iterator
-from math import prod
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import shown
+from safetensors import SafetensorError, safe_open
 
+from .errors import ConfigError, cut, shown
+from .paths import reason, special_kind
+from .plain_lora import adapter_in_base
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
 _OBJECTS = (
-    "config.json",
     "generation_config.json",
-    "tokenizer_config.json",
     "tokenizer.json",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
+    "chat_template.json",
+    "processor_config.json",
     INDEX,
 )
-"""Files that hold a JSON object, where they are there at all."""
-_RUNS_CODE = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "consolidated*.bin")
-_SIZES = (
-    ("vocab_size", "hidden_size"),
-    ("num_hidden_layers", "hidden_size"),
-    ("intermediate_size", "hidden_size"),
-    ("num_attention_heads", "head_dim"),
-    ("num_key_value_heads", "head_dim"),
-)
-"""Sizes whose product is a matrix of the model's, or a part of one."""
+_READ = re.compile(r".*\.(json|safetensors|bin|jinja|txt|model)")
+"""What the libraries read of a folder."""
+
+_RUNS_CODE = re.compile(r"(pytorch|adapter)_model.*\.bin(\.index\.json)?")
+_LFS_POINTER = b"version https://git-lfs"
+_COUNTS = re.compile("layer|block|expert|depth")
+_MOST = 100_000
+"""Layers, blocks or experts that no model has, and that a library would make a list of."""
 
 
-def folder_problem(folder: Path, use_safetensors: bool = True) -> str | None:
-    """What is wrong with a model's folder and what to do, as a sentence without the folder's name; None where nothing
-    is found.
+def check_base_files(folder: Path, name: str, use_safetensors: bool = True) -> None:
+    """Refuse the model folder ``folder``, which the user calls ``name``, for the first file that is not whole.
 
-    Args:
-        use_safetensors: Whether weights in another format are refused.
+    Raises:
+        ConfigError: A file cannot be read, is no JSON object, no text or no safetensors file; weights are missing; or
+            there are none but in a format that can run code, and ``use_safetensors`` was not set to false.
     """
-    for name in _OBJECTS:
-        problem = _json_problem(folder / name)
-        if problem:
-            return f"has a {name} that {problem}: was it downloaded whole?"
-    return _shard_problem(folder) or (_format_problem(folder) if use_safetensors else None)
+    if beside := adapter_in_base(folder):
+        raise ConfigError(f"model.name_or_path: {name} {beside}")
+    if not os.path.lexists(folder / CONFIG):
+        raise ConfigError(f"model.name_or_path: {name} has no {CONFIG}; give a model folder or a name on the hub.")
+    config = read_configuration(folder, name)
+    where = f"model.name_or_path: {name} cannot be loaded: "
+    for path in _files(folder, where):
+        _check_file(path, where)
+    _check_weights(folder, name, where, use_safetensors, config.get("transformers_weights"))
 
 
-def size_problem(folder: Path, config: Any) -> str | None:
-    """The same for sizes in the model's text ``config`` that are beyond what its files of weights hold; so much memory
-    would be asked for before anything else is noticed."""
-    n_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
-    if not n_bytes:
-        return None
-    for names in _SIZES:
-        sizes = {name: getattr(config, name, None) for name in names}
-        numbers = [size for size in sizes.values() if type(size) is int]
-        # No format takes less than half a byte a number; the rest is room for what is tied or padded.
-        if len(numbers) == len(names) and prod(numbers) > 8 * n_bytes:
-            told = " and ".join(f"{name}={shown(size, 40)}" for name, size in sizes.items())
-            return f"has {told} in its config.json, for which its {n_bytes} bytes of weights are too few; restore it."
-    return None
+def read_configuration(folder: Path, name: str) -> dict[str, Any]:
+    """The object in ``config.json``; ConfigError when it has none, or counts more layers than any model has."""
+    where = f"model.name_or_path: the configuration of {name} cannot be read: "
+    config = _read_object(folder / CONFIG, where)
+    for key, value in _entries(config):
+        if isinstance(value, int) and value > _MOST and _COUNTS.search(key):
+            raise ConfigError(f"{where}{CONFIG} says {key}: {shown(value)}, which no model has; correct it.")
+    return config
 
 
-def _json_problem(path: Path) -> str | None:
+def stored_shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
+    """Of every tensor in safetensors files; none of them is read."""
+    shapes = {}
+    for path in files:
+        with safe_open(path, framework="np") as file:
+            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())})
+    return shapes
+
+
+def _entries(document: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and its value, at any depth."""
+    # Not by calling itself: a document may be as deep as Python's own calls.
+    left = [document]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _files(folder: Path, where: str) -> list[Path]:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return "is no file"
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        return sorted(path for path in folder.iterdir() if _READ.fullmatch(path.name))
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    except RecursionError:
-        return "is nested too deeply"
-    except ValueError as error:
-        return f"is no JSON ({' '.join(str(error).split())[:200]})"
-    return None if isinstance(document, dict) else f"holds no JSON object but {shown(document, 60)}"
+        raise ConfigError(f"{where}its folder cannot be read ({reason(error)}); change its permissions.") from error
 
 
-def _shard_problem(folder: Path) -> str | None:
-    """About the list of the files of weights, where there is one."""
-    path = folder / INDEX
-    if not path.is_file():
-        return None
-    names = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        return f"has an {INDEX} without a weight_map of tensors to files; restore it."
-    for name in sorted(set(names.values())):
-        if Path(name).name != name or name in ("", ".", ".."):
-            return f"has an {INDEX} that names {shown(name)}, which is no file of the folder; restore it."
-        if not (folder / name).is_file():
-            return f"has no {name}, which its {INDEX} names: was it downloaded whole?"
-    return None
-
-
-def _format_problem(folder: Path) -> str | None:
-    if any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
-        return None
-    for path in _code_files(folder):
-        return (
-            f"has its weights in {path.name} alone, a format that can run code when it is read; convert it once with "
-            f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other), where you trust it, or set "
-            f"model.use_safetensors: false."
+def _check_file(path: Path, where: str) -> None:
+    try:
+        kind = special_kind(path) or ("is a folder" if path.is_dir() else None)
+        pointer = not kind and _starts_with(path, _LFS_POINTER)
+    except OSError as error:
+        raise ConfigError(f"{where}{path.name} cannot be read ({reason(error)}); put the file back.") from error
+    if kind:
+        raise ConfigError(f"{where}{path.name} {kind}; put the file back.")
+    if pointer:
+        raise ConfigError(
+            f"{where}a file is not there; {path.name} only points to a file that Git LFS keeps elsewhere: was it "
+            f"downloaded whole?"
         )
-    return None
+    if path.name in _OBJECTS:
+        _read_object(path, where)
+    elif path.suffix in (".jinja", ".txt"):
+        _read_text(path, where)
 
 
-def _code_files(folder: Path) -> Iterator[Path]:
-    for pattern in _RUNS_CODE:
-        yield from sorted(folder.glob(pattern))
+def _starts_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _read_object(path: Path, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(_read_text(path, where))
+    except RecursionError as error:
+        raise ConfigError(f"{where}{path.name} is nested too deeply to be read; put the file back.") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}{path.name} is no JSON ({error}); put the file back.") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{where}{path.name} is no JSON object, but {shown(document)}; put the file back.")
+    return document
+
+
+def _read_text(path: Path, where: str) -> str:
+    try:
+        if kind := special_kind(path):
+            raise ConfigError(f"{where}{path.name} {kind}; put the file back.")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}{path.name} is not UTF-8 text (byte {error.start}); put the file back.") from error
+    except OSError as error:
+        raise ConfigError(f"{where}{path.name} cannot be read ({reason(error)}); put the file back.") from error
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+def _check_weights(folder: Path, name: str, where: str, use_safetensors: bool, explicit: Any) -> None:
+    if explicit is not None and not _is_plain(explicit, ".safetensors", ".safetensors.index.json"):
+        raise ConfigError(
+            f"{where}{CONFIG} says transformers_weights: {shown(explicit)}, which is no safetensors file of its "
+            f"folder; take that key out."
+        )
+    files = weight_files(folder, explicit, where)
+    for path in files:
+        _check_safetensors(path, where)
+    risky = sorted(path.name for path in folder.iterdir() if _RUNS_CODE.fullmatch(path.name))
+    # Without any, the configuration still says what a model of it would need.
+    if risky and not files and use_safetensors:
+        raise ConfigError(unsafe_weights(name, risky[0]))
+
+
+def unsafe_weights(name: str, file: str) -> str:
+    """The sentence on a base whose weights are in ``file`` alone."""
+    return (
+        f"model.name_or_path: {name} has its weights in {file} alone, a format that can run any code when it is read; "
+        f"convert it once, where you trust it, with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
+        f".save_pretrained(OTHER), or set model.use_safetensors: false to read it all the same."
+    )
+
+
+def weight_files(folder: Path, explicit: str | None = None, where: str = "") -> list[Path]:
+    """The safetensors files that transformers would choose: the one that the configuration names, or the usual one, or
+    those of the index; none of an older format."""
+    chosen = explicit or (WEIGHTS if (folder / WEIGHTS).is_file() else INDEX)
+    if not chosen.endswith(".json"):
+        return [folder / chosen]
+    return _shards(folder / chosen, where) if (folder / chosen).is_file() else []
+
+
+def _shards(path: Path, where: str) -> list[Path]:
+    index = _read_object(path, where)
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not isinstance(index.get("metadata", {}), dict):
+        raise ConfigError(f"{where}{path.name} has no weight_map of tensors and their files; put the file back.")
+    for file in shards.values():
+        if not _is_plain(file, ".safetensors"):
+            raise ConfigError(
+                f"{where}{path.name} names {shown(file)}, which is no safetensors file of its folder; put the file "
+                f"back."
+            )
+    return [path.with_name(file) for file in sorted(set(shards.values()))]
+
+
+def _is_plain(file: Any, *endings: str) -> bool:
+    """Whether ``file`` is the name of a file with one of the endings, and leads into no other folder."""
+    return isinstance(file, str) and not set(file) & set("/\\\0") and file.endswith(endings) and len(file) < 256
+
+
+def _check_safetensors(path: Path, where: str) -> None:
+    try:
+        with safe_open(path, framework="np") as file:
+            file.keys()
+    except SafetensorError as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(
+            f"{where}{cut(detail)}; {path.name} is cut off or damaged: was it downloaded whole?"
+        ) from error
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else ""
+        what = f"cannot be read ({why})" if why else "is missing"
+        raise ConfigError(f"{where}a shard is not there; {path.name} {what}: was it downloaded whole?") from error

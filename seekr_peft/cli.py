@@ -4,14 +4,18 @@ Heavy imports are inside the commands, so that ``--help`` answers at once.
 """
 
 import logging
+import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
-from .errors import ConfigError, SeekrError, shown
+from .errors import ConfigError, SeekrError, printable, shown
+from .paths import reason
 from .stopping import listening
+from .terminal import TerminalConsole, clean_terminal
 
 app = typer.Typer(
     name="seekr-peft",
@@ -68,7 +72,7 @@ def run(
         from .recipe import load_recipe
 
         load_recipe(recipe, overrides or [])
-        typer.echo(f"{recipe} is fine.")
+        _say(f"{recipe} is fine.")
         return
     _quiet()
     from .run import run_recipe
@@ -114,7 +118,7 @@ def compare(
     }
     if check:
         plan = plan_comparison(recipe, overrides or [], **settings)
-        typer.echo(f"{recipe} is fine: {len(plan.jobs)} runs into {plan.directory}.")
+        _say(f"{recipe} is fine: {len(plan.jobs)} runs into {plan.directory}.")
         return
     compare_methods(recipe, overrides or [], run=not gather, **settings)
 
@@ -131,12 +135,10 @@ def doctor(
 ) -> None:
     """Predict the peak memory and the size of the replay memory of RECIPE, before anything is loaded."""
     _quiet()
-    from rich.console import Console
-
     from .footprint import render_footprint
     from .recipe import load_recipe
 
-    fits = render_footprint(load_recipe(recipe, overrides or []), Console(), memory)
+    fits = render_footprint(load_recipe(recipe, overrides or []), TerminalConsole(), memory)
     raise typer.Exit(0 if fits else 1)
 
 
@@ -148,7 +150,7 @@ def report(
     """Write the run's self-contained page: matrix, retention, heads, losses, memory."""
     from .report import write_report
 
-    typer.echo(write_report(run_directory, out))
+    _say(write_report(run_directory, out))
 
 
 @app.command()
@@ -162,13 +164,11 @@ def inspect(
     if verify:
         from .repair import verify as verify_files
 
-        typer.echo(verify_files(run_directory))
+        _say(verify_files(run_directory))
         return
-    from rich.console import Console
-
     from .report import render_inspection
 
-    render_inspection(run_directory, Console())
+    render_inspection(run_directory, TerminalConsole())
 
 
 @app.command()
@@ -188,14 +188,14 @@ def export(
     """Copy the run's consolidated adapter as a plain PEFT adapter that needs nothing of this package."""
     from .export import export_adapter
 
-    typer.echo(export_adapter(run_directory, out))
+    _say(export_adapter(run_directory, out))
 
 
 def _repair(directory: Path) -> None:
     from .repair import repair as repair_directory
 
     for sentence in repair_directory(directory).sentences(directory):
-        typer.echo(sentence)
+        _say(sentence)
 
 
 def _whole_numbers(option: str, text: str | None) -> list[int] | None:
@@ -218,6 +218,10 @@ def _orders(text: str | None) -> int | list[list[str]] | None:
     )
 
 
+def _say(text: object) -> None:
+    typer.echo(printable(str(text)))
+
+
 def _quiet() -> None:
     """Our own bars replace those of transformers; its warnings stay, but for one that nobody can heed."""
     import warnings
@@ -233,15 +237,38 @@ def main() -> None:
     # bitsandbytes warns at import about a CPU kernel that training does not use; whatever loads it, loads it later.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        with listening():
+        with clean_terminal(), listening():
             app()
     except ConfigError as error:
-        for problem in error.problems:
-            typer.echo(f"seekr-peft: {problem}", err=True)
-        raise SystemExit(2) from None
+        _refuse(*error.problems)
     except SeekrError as error:
-        typer.echo(f"seekr-peft: {error}", err=True)
-        raise SystemExit(2) from None
+        _refuse(str(error))
+    except BrokenPipeError:
+        _end_quietly()
+    except OSError as error:
+        _refuse(f"{error.filename or 'a file'}: {reason(error)}; check that path.")
+    except ValueError as error:
+        if not _is_about_a_name(error):
+            raise
+        _refuse(f"a path holds what no file name can ({error}); check the paths that were given.")
+
+
+def _refuse(*problems: str) -> NoReturn:
+    for problem in problems:
+        typer.echo(f"seekr-peft: {printable(problem)}", err=True)
+    raise SystemExit(2) from None
+
+
+def _is_about_a_name(error: ValueError) -> bool:
+    """Whether the operating system was given a path with NUL, or with half a character, in it: Python has no class for
+    the one, and for the other one that says more than that."""
+    return "embedded null" in str(error) or (isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason)
+
+
+def _end_quietly() -> NoReturn:
+    """The reader of the output (``| head``) has gone. What is left for it must not fail once more as Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

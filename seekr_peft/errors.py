@@ -14,8 +14,9 @@ from typing import Any
 LONGEST_VALUE = 200
 """Characters of a value that a message repeats."""
 
-# C0 and C1 controls (ESC and CSI drive a terminal), and the marks that change the direction of text; not the newline.
-_CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# C0 and C1 controls (ESC and CSI drive a terminal), the marks that change the direction of text, and halves of
+# characters, which no stream takes (file names that are not UTF-8 hold them); not the newline.
+_CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,5 @@
-"""Hand the result of a run on: a plain PEFT adapter folder. May import ``manifest`` and ``errors``; loads no model."""
+"""Hand the result of a run on: a plain PEFT adapter folder. May import ``manifest``, ``paths`` and ``errors``; loads no
+model."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from .errors import RunError
 from .manifest import StoredFiles
+from .paths import given_path
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -20,15 +22,16 @@ def export_adapter(run_directory: str | Path, out: str | Path) -> Path:
     Raises:
         RunError: The run is not finished, its adapter is not what was written, or ``out`` is not empty.
     """
-    source, target = Path(run_directory) / "adapter", Path(out)
-    if not Path(run_directory).is_dir():
-        raise RunError(f"{run_directory} is no folder; give the output_dir of a run.")
-    StoredFiles(Path(run_directory)).check(*(source / name for name in FILES))
+    directory = given_path(run_directory, "the run directory")
+    source, target = directory / "adapter", given_path(out, "--out")
+    if not directory.is_dir():
+        raise RunError(f"{directory} is no folder; give the output_dir of a run.")
+    StoredFiles(directory).check(*(source / name for name in FILES))
     missing = [name for name in FILES if not (source / name).is_file()]
     if missing:
         raise RunError(
             f"{source} has no {missing[0]}, so the run is not finished; go on with: seekr-peft run "
-            f"{Path(run_directory) / 'recipe.yaml'} --resume."
+            f"{directory / 'recipe.yaml'} --resume."
         )
     _check_config(source / FILES[0])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -1,13 +1,15 @@
 """Load a recipe's base model, tokenizer and LoRA adapter, and refuse those that are not whole.
 
-May import ``adapters``, ``base_files``, ``recipe``, ``model_kind``, ``quantized``, ``tasks`` and ``errors``.
+May import ``adapters``, ``recipe``, ``base_files``, ``model_kind``, ``quantized``, ``tasks`` and ``errors``.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -25,8 +27,15 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from .adapters import check_no_hidden_adapter
 from .attention.support import EAGER
-from .base_files import folder_problem, size_problem
-from .errors import ConfigError, SeekrError, cut
+from .base_files import (
+    CONFIG,
+    check_base_files,
+    read_configuration,
+    stored_shapes,
+    unsafe_weights,
+    weight_files,
+)
+from .errors import ConfigError, SeekrError, cut, shown
 from .model_kind import (
     causal_class,
     check_checkpoint,
@@ -49,11 +58,19 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 _NAMED = 3
 """Tensors or tokens that a sentence names before it counts the rest."""
 
+_LONGEST_DETAIL = 500
+"""Characters of a library's own words that a sentence repeats."""
+
+_LARGER, _SMALL, _FEW = 3, 10**8, 1000
+"""How much larger than its files a model may be: tied weights are there twice, buffers are not in the files; and so
+many values and tensors on top."""
+
+_PACKED = 16
+"""Weights that a stored number may stand for, in a quantised checkpoint."""
+
 _NUMBER = re.compile(r"\d+")
 _EXPERT = re.compile(r"(?P<layer>.*\bexperts\.)(\d+)\.(.+)")
-_LFS_POINTER = b"version https://git-lfs"
 _WEIGHT_NAMES = ("weight", "bias")
-_OTHER_FORMATS = "; weights in a format that can run code when it is read are taken with model.use_safetensors: false"
 _TEXT_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -86,25 +103,105 @@ def read_config(model: ModelSection) -> Any:
         ConfigError: It cannot be read, is of a model that cannot be trained here, or of one that is stored in another
             quantisation than is asked for.
     """
-    folder = Path(resolve_name(model))
-    # A recipe's folder was looked at with the recipe, but not that of a stored one.
-    _refuse(model, folder_problem(folder, model.use_safetensors) if folder.is_dir() else None)
+    files = resolve_name(model)
     try:
-        config = AutoConfig.from_pretrained(resolve_name(model), trust_remote_code=model.trust_remote_code)
+        if Path(files).exists():
+            check_base_files(Path(files), model.name_or_path, model.use_safetensors)
+        else:
+            read_configuration(_snapshot(files), model.name_or_path)
+        with _panics_are_errors():
+            config = AutoConfig.from_pretrained(files, trust_remote_code=model.trust_remote_code)
+    except SeekrError:
+        raise
     except Exception as error:
         # What a configuration's class does not check itself fails in many ways.
         raise ConfigError(
             f"model.name_or_path: the configuration of {model.name_or_path} cannot be read: {_one_line(error)}"
         ) from error
-    _refuse(model, size_problem(folder, config.get_text_config()) if folder.is_dir() else None)
+    _check_fields(config, model.name_or_path)
     check_checkpoint(config, model.name_or_path, model.trust_remote_code)
     _check_quantization(model, config)
+    _check_size(config, files, model)
     return config
 
 
-def _refuse(model: ModelSection, problem: str | None) -> None:
-    if problem:
-        raise ConfigError(f"model.name_or_path: {cut(model.name_or_path)} {problem}")
+def _snapshot(name: str) -> Path:
+    """The folder of the hub's cache that ``name``'s files are downloaded into."""
+    return Path(cached_file(name, CONFIG)).parent
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """A panic of tokenizers' or safetensors' Rust code as an Exception; PyO3 (0.27) derives it from BaseException, and
+    exports no name for it."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"a library failed on it ({error})") from error
+
+
+def _check_fields(config: Any, name: str) -> None:
+    """Refuse fields that transformers (5.23) leaves unchecked and that are read here."""
+    where = f"model.name_or_path: the configuration of {name} cannot be read: {CONFIG} says "
+    architectures, quantization = (getattr(config, key, None) for key in ("architectures", "quantization_config"))
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(each, str) for each in architectures)
+    ):
+        raise ConfigError(f"{where}architectures: {shown(architectures)}, which is no list of names; correct it.")
+    if quantization is not None and not (isinstance(quantization, dict) or hasattr(quantization, "to_dict")):
+        raise ConfigError(f"{where}quantization_config: {shown(quantization)}, which is no mapping; correct it.")
+
+
+def _check_size(config: Any, files: str, model: ModelSection) -> None:
+    """Refuse a configuration of a far larger model than the folder's weights are of: transformers would make room for
+    all of it before it says which weights are missing."""
+    if not Path(files).is_dir():
+        return
+    shapes = stored_shapes(weight_files(Path(files), getattr(config, "transformers_weights", None)))
+    if not shapes:
+        return
+    packed = _PACKED if stored_quantization(config) else 1
+    most = packed * _LARGER * sum(map(math.prod, shapes.values())) + _SMALL
+    try:
+        with _at_most(most, _LARGER * len(shapes) + _FEW), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    except _TooLargeError:
+        raise ConfigError(
+            f"model.name_or_path: {model.name_or_path} cannot be loaded: its {CONFIG} is of a far larger model than "
+            f"the {len(shapes)} tensors of its files are of; correct {CONFIG}, or download the model again."
+        ) from None
+    except Exception:
+        # Loading it will say so, in its own words.
+        return
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+@contextmanager
+def _at_most(n_values: int, n_tensors: int) -> Iterator[None]:
+    """Stop the making of a model that has more parameters and buffers than these."""
+    values = tensors = 0
+
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal values, tensors
+        values, tensors = values + (0 if tensor is None else tensor.numel()), tensors + 1
+        if values > n_values or tensors > n_tensors:
+            raise _TooLargeError
+
+    handles = [
+        nn.modules.module.register_module_parameter_registration_hook(count),
+        nn.modules.module.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def attention_implementation(wanted: str, config: Any) -> str:
@@ -120,19 +217,21 @@ def _load(model: ModelSection, config: Any, chat: bool) -> tuple[Any, Any]:
     common = {"trust_remote_code": model.trust_remote_code}
     report = _LoadingReport()
     try:
-        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(name, **common))
+        with _panics_are_errors():
+            tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(name, **common))
         if chat:
             check_chat_template(tokenizer)
-        with report.instead_of_shown():
+        with report.instead_of_shown(), _panics_are_errors():
             base, loaded = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=compute_dtype(model),
                 attn_implementation=attention_implementation(model.attn_implementation, config),
                 device_map={"": 0} if torch.cuda.is_available() else None,
                 output_loading_info=True,
+                # False would leave safetensors aside where both are there.
+                use_safetensors=model.use_safetensors or None,
                 # They are told below, by name.
                 ignore_mismatched_sizes=True,
-                use_safetensors=True if model.use_safetensors else None,
                 **_quantization_options(model, config),
                 **common,
             )
@@ -142,10 +241,8 @@ def _load(model: ModelSection, config: Any, chat: bool) -> tuple[Any, Any]:
     except Exception as error:
         # A broken file, a package that is missing, a setting that the family does not have.
         _check_made_up(error, report, config, model)
-        raise ConfigError(
-            f"model.name_or_path: {cut(model.name_or_path)} cannot be loaded: {_one_line(error)}{_broken_file(name)}"
-            f"{_OTHER_FORMATS if model.use_safetensors and 'safetensors' in str(error) else ''}"
-        ) from error
+        _check_downloaded(error, name, model)
+        raise ConfigError(f"model.name_or_path: {model.name_or_path} cannot be loaded: {_one_line(error)}") from error
     return tokenizer, base
 
 
@@ -277,7 +374,7 @@ def _check_experts(files: str, name: str) -> None:
 
     transformers (5.23) joins the experts of a layer into one tensor, and names that or, where it fails, none at all.
     """
-    shapes = _stored_shapes(files)
+    shapes = stored_shapes(_weight_files(files))
     kinds: dict[str, list[tuple[str, ...]]] = {}
     for match in filter(None, map(_EXPERT.fullmatch, shapes)):
         kinds.setdefault(_NUMBER.sub("*", match["layer"]), []).append(match.groups())
@@ -295,50 +392,26 @@ def _check_packed(config: Any, files: str, model: ModelSection) -> None:
     for it, before it says which."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    prefix, stored, head = f"{base.base_model_prefix}.", _stored_shapes(files), base.get_output_embeddings()
+    prefix, stored, head = (
+        f"{base.base_model_prefix}.",
+        stored_shapes(_weight_files(files)),
+        base.get_output_embeddings(),
+    )
     wanted = {
         f"{path}.weight" for path, part in base.named_modules() if isinstance(part, nn.Linear) and part is not head
     }
     _check_missing(model.name_or_path, {key for key in wanted if not {key, key.removeprefix(prefix)} & stored.keys()})
 
 
-def _stored_shapes(files: str) -> dict[str, tuple[int, ...]]:
-    """Of every tensor in the checkpoint's safetensors files; none of them is read."""
-    shapes = {}
-    for path in _weight_files(files):
-        with safe_open(path, framework="pt") as file:
-            shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())})
-    return shapes
-
-
-def _broken_file(name: str) -> str:
-    """The end of a sentence on a checkpoint that was not downloaded whole, with the file; "" for any other."""
-    folder = Path(name)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_file() and _starts_with(path, _LFS_POINTER):
-            return f"; {path.name} only points to a file that Git LFS keeps elsewhere: was it downloaded whole?"
-    try:
-        paths = [Path(file) for file in _weight_files(name)]
-    except (OSError, ValueError):
-        # The list of the shards is broken, which transformers says.
-        return ""
-    damage = next(filter(None, map(_damage, paths)), "")
-    return f"; {damage}: was it downloaded whole?" if damage else ""
-
-
-def _starts_with(path: Path, start: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(start)) == start
-
-
-def _damage(path: Path) -> str:
-    try:
-        with safe_open(path, framework="pt"):
-            return ""
-    except SafetensorError:
-        return f"{path.name} is cut off or damaged"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
+def _check_downloaded(error: Exception, name: str, model: ModelSection) -> None:
+    """Refuse by name what is wrong with the files of a model of the hub; a folder's were looked at before."""
+    if Path(name).is_dir():
+        return
+    if isinstance(error, OSError) and "cannot be loaded with `safetensors`" in str(error):
+        # transformers (5.23) has no class for it.
+        raise ConfigError(unsafe_weights(model.name_or_path, "pytorch_model.bin"))
+    if _weight_files(name):
+        check_base_files(_snapshot(name), model.name_or_path, model.use_safetensors)
 
 
 def _linear_shapes(base: Any) -> dict[str, tuple[int, int]]:
@@ -394,7 +467,7 @@ def _first(names: list[str]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    detail = " ".join(str(error).split())
+    detail = cut(" ".join(str(error).split()), _LONGEST_DETAIL)
     return detail if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {detail}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_LONGEST_NAME = 200
 CONFIG_FILE = "adapter_config.json"
 SEPARATE = (
     f"move {CONFIG_FILE} and {WEIGHTS_FILE} into a folder of their own; to go on from that adapter, merge it into the "
@@ -175,6 +176,6 @@ def adapter_in_base(folder: Path) -> str | None:
 def _named_base(folder: Path) -> str:
     try:
         name = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
-    return f", {name}" if name else ""
+    return f", {name[:_LONGEST_NAME]}" if isinstance(name, str) and name else ""

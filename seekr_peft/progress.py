@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a bar per task with the loss terms apart.
 
-Imports nothing of the package.
+May import ``errors``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from .errors import printable
 
 _TERMS = {
     "loss": "new",
@@ -48,7 +50,7 @@ class RunProgress:
 
     def start(self, description: str, total: int | None) -> TaskID:
         """Open a bar."""
-        return self._bars.add_task(description, total=total, terms="")
+        return self._bars.add_task(printable(description), total=total, terms="")
 
     def update(self, bar: TaskID, completed: int, terms: str | None = None) -> None:
         """Move a bar; ``terms`` replaces the text behind it."""
@@ -63,7 +65,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 class StepReporter(TrainerCallback):

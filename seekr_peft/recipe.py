@@ -4,7 +4,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,18 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from .base_files import folder_problem
 from .config import SeekrConfig, unknown_key, unknown_keys
 from .errors import ConfigError, cut, shown
 from .files import write_text
 from .library_settings import lora_settings, training_choices, training_settings
 from .method_names import ADAPTER_MODES, method_names
-from .plain_lora import adapter_in_base, why_refused
+from .paths import given_path, path_problem, reason
+from .plain_lora import why_refused
 from .setting_rules import NEVER_ON, is_number, lora_problems, training_problems
 from .yaml_text import DEEPEST, MOST_NODES, UNSAFE, YamlTextError, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from .evaluation.general import GeneralTest
+
+_PATHS = (
+    ("", "output_dir"),
+    ("model", "name_or_path"),
+    ("tasks", "path"),
+    ("evaluation", "general_path"),
+    ("compare", "runs_dir"),
+)
 
 DEMO = "demo"
 """As ``model.name_or_path`` and ``tasks.format``: the model and tasks that ship with the package."""
@@ -45,7 +53,6 @@ _PLAIN_SCHEDULERS = (
 )
 _WITHOUT_KEYWORDS = ("constant", "constant_with_warmup")
 _NEEDS_A_METRIC = ("reduce_lr_on_plateau", "greedy")
-_LONGEST_NAME = 255
 """Bytes of a file's or folder's name, on every common file system."""
 _LONGEST_CHAIN = 20
 """Recipes that extend each other."""
@@ -66,7 +73,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The base model. Names of ``from_pretrained`` and ``BitsAndBytesConfig`` where they have one."""
 
-    name_or_path: Name
+    name_or_path: str
     """A folder, or a model on the Hugging Face hub; "demo" is the model in the package."""
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     bnb_4bit_use_double_quant: bool = True
@@ -75,7 +82,7 @@ class ModelSection(_Section):
     attn_implementation: Name = "sdpa"
     trust_remote_code: bool = False
     use_safetensors: bool = True
-    """False: weights in a format that can run code when it is read are taken, too."""
+    """False: weights that are there as pytorch_model.bin alone are read too, a format that can run code."""
 
 
 class AdapterSection(_Section):
@@ -156,7 +163,7 @@ class Recipe(_Section):
     tasks: TasksSection
     evaluation: EvaluationSection = EvaluationSection()
     seed: Seed = 0
-    output_dir: Name = "runs/run"
+    output_dir: str = "runs/run"
     compare: CompareSection = CompareSection()
 
     @property
@@ -191,12 +198,28 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     if isinstance(source, Recipe):
         source = source.to_dict()
     # Copied, since an alias makes two places one.
-    mapping = _Copy().of(_read_extended(source) if isinstance(source, (str, Path)) else source)
+    given = isinstance(source, (str, Path))
+    mapping = _Copy().of(_read_extended(given_path(source, "recipe", ConfigError)) if given else source)
     problems: list[str] = []
     for override in overrides:
         _override(mapping, override, problems)
     mapping = _expanded(mapping, problems)
+    _fill_in_homes(mapping)
     return _checked(mapping, _CHECKS, problems)
+
+
+def _paths(mapping: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Each path of a recipe: the mapping that holds it, its key in there, and its whole key."""
+    for section, key in _PATHS:
+        values = mapping.get(section) if section else mapping
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            yield values, key, f"{section}.{key}".lstrip(".")
+
+
+def _fill_in_homes(mapping: dict[str, Any]) -> None:
+    for values, key, _ in _paths(mapping):
+        if key != "name_or_path" and not path_problem(values[key]):
+            values[key] = str(Path(values[key]).expanduser()) if values[key].startswith("~") else values[key]
 
 
 def task_order(recipe: Recipe) -> list[str]:
@@ -454,14 +477,13 @@ def _model_problems(mapping: dict[str, Any]) -> list[str]:
         return [f"model.name_or_path: {shown(name)} is no folder and no owner/name on the hub; give one of them."]
     if name == DEMO or not looks_local:
         return []
-    folder = Path(os.path.expanduser(name))
-    beside = adapter_in_base(folder)
-    if beside:
-        return [f"model.name_or_path: {shown_name} {beside}"]
-    if not (folder / "config.json").is_file():
-        return [f"model.name_or_path: {shown_name} has no config.json; give a model folder or a name on the hub."]
-    problem = folder_problem(folder, mapping["model"].get("use_safetensors") is not False)
-    return [f"model.name_or_path: {shown_name} {problem}"] if problem else []
+    from .base_files import check_base_files
+
+    try:
+        check_base_files(Path(name).expanduser(), name, mapping["model"].get("use_safetensors", True) is not False)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _task_problems(mapping: dict[str, Any]) -> list[str]:
@@ -523,34 +545,9 @@ def _evaluation_problems(mapping: dict[str, Any]) -> list[str]:
 
 
 def _path_problems(mapping: dict[str, Any]) -> list[str]:
-    """Of names that no file can have, or that lead nowhere; whether something is there is asked elsewhere."""
-    problems = []
-    for section, key in (
-        ("model", "name_or_path"),
-        ("tasks", "path"),
-        ("evaluation", "general_path"),
-        ("compare", "runs_dir"),
-        (None, "output_dir"),
-    ):
-        found = mapping if section is None else mapping.get(section, {})
-        path = found.get(key) if isinstance(found, dict) else None
-        why = _why_no_path(path) if isinstance(path, str) else None
-        if why and path is not None:
-            where = key if section is None else f"{section}.{key}"
-            problems.append(f"{where}: {cut(path)} cannot be used ({why}); give another path.")
-    return problems
-
-
-def _why_no_path(path: str) -> str | None:
-    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):
-        return f"a name has more than {_LONGEST_NAME} bytes"
-    try:
-        os.stat(os.path.expanduser(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
+    found = [(where, values[key]) for values, key, where in _paths(mapping)]
+    told = [(where, path, path_problem(path)) for where, path in found]
+    return [f"{where}: {shown(path)} {problem}; give another path." for where, path, problem in told if problem]
 
 
 def _reading(check: "Check") -> "Check":
@@ -583,6 +580,8 @@ def _without_crash(check: Callable[[dict[str, Any]], list[str]], mapping: dict[s
         return check(mapping)
     except (KeyError, TypeError, AttributeError):
         return []
+    except OSError as error:
+        return [f"{error.filename}: {reason(error)}; check that path."]
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")

@@ -33,6 +33,7 @@ from .manifest import (
     read_manifest,
     task_number,
 )
+from .paths import given_path
 
 ALL_TASKS = "all_tasks"
 """Name of the one training of all tasks, where a method trains them so."""
@@ -81,7 +82,7 @@ def repair(directory: str | Path) -> Repair:
     Raises:
         RunError: There is no such directory, or it is in use.
     """
-    directory = Path(directory)
+    directory = given_path(directory, "the run directory")
     if not directory.is_dir():
         raise RunError(f"{directory} is no folder; give the output_dir of a run, or what save_pretrained wrote.")
     lock = FileLock(directory / ".lock", timeout=0)
@@ -100,7 +101,7 @@ def verify(directory: str | Path) -> str:
     Raises:
         RunError: With a line for each damaged file; or nothing there has a manifest.
     """
-    directory = Path(directory)
+    directory = given_path(directory, "the run directory")
     damages = list(all_damages(directory)) if directory.is_dir() else []
     if damages:
         what = "1 file is" if len(damages) == 1 else f"{len(damages)} files are"

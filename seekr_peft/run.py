@@ -52,6 +52,7 @@ from .report import read_run, write_report
 from .stages import Stage, joined, plan_stages
 from .stopping import RunStopped, StopRequest, listening
 from .tasks import Task, read_tasks
+from .terminal import TerminalConsole
 from .trainer import ContinualTrainer, forget_preparation
 
 logger = logging.getLogger("seekr_peft")
@@ -104,7 +105,7 @@ def run_recipe(
         source: A recipe file, mapping or ``Recipe``.
         overrides: ``section.key=value`` strings.
         resume: Go on from the last checkpoint or finished task of the run directory; "auto": if there is one.
-        console: Where to report; a plain ``Console()`` on stderr by default.
+        console: Where to report; a console on stderr by default.
         report: Whether to write the page; ``seekr-peft report`` can do so later.
 
     Raises:
@@ -131,7 +132,7 @@ def run_recipe(
             _saying_how_to_go_on(directory),
             _telling_what_failed(directory),
             _locked(directory),
-            RunProgress(console or Console(stderr=True)) as progress,
+            RunProgress(console or TerminalConsole(stderr=True)) as progress,
             _logging_to(progress.console),
         ):
             if resume == "auto":

@@ -17,7 +17,7 @@ SOURCE = Path(seekr_peft.__file__).parent
 # A module imports only from levels above its own line. Two names on one line do not know each other.
 LEVELS = [
     {"errors", "peak_memory", "library_settings", "method_names", "plain_lora"},
-    {"files", "json_text"},
+    {"files", "json_text", "paths", "terminal"},
     {"manifest"},
     {
         "config",
@@ -106,7 +106,7 @@ def test_the_import_rule_sees_imports_at_all() -> None:
 def test_tasks_and_evaluation_know_no_method(module: str) -> None:
     files = [path for path in (SOURCE / module).rglob("*.py") if unit(module_name(path)) == module]
     targets = {unit(name) for path in files for name in package_imports(path)}
-    assert targets - {module} <= {"errors", "files", "config", "inputs", "json_text", "tasks"}
+    assert targets - {module} <= {"errors", "files", "paths", "config", "inputs", "json_text", "tasks"}
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:

@@ -32,8 +32,10 @@ Edit = Callable[[dict[str, Tensor]], Any]
 
 
 def recipe_of(base: Path, quantization: str = "none", **sections: Any) -> Recipe:
-    model = {"name_or_path": str(base), "quantization": quantization, **sections.pop("model", {})}
-    return load_recipe(small_recipe(base.parent / "run", n_tasks=2, model=model, **sections))
+    """Its base is not looked at yet."""
+    model = {"name_or_path": "demo", "quantization": quantization, **sections.pop("model", {})}
+    recipe = load_recipe(small_recipe(base.parent / "run", n_tasks=2, model=model, **sections))
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": str(base)})})
 
 
 def edited(tmp_path: Path, edit: Edit) -> Path:

@@ -542,7 +542,9 @@ def test_an_experiment_of_the_repository_has_three_seeds_and_recipes_without_a_m
         for split in ("train", "test"):
             empty_file(tmp_path / "runs" / "data" / "adversarial" / name / f"{split}.jsonl")
     for name in ("llama", "gpt_neox", "qwen3"):
-        empty_file(tmp_path / "runs" / "data" / "bases" / name / "config.json")
+        config = tmp_path / "runs" / "data" / "bases" / name / "config.json"
+        empty_file(config)
+        config.write_text("{}")
     plan = plan_comparison(path)
     assert len(plan.seeds) >= 3 and plan.baseline is not None
     assert plan.directory.parent == Path("runs/experiments")
@@ -755,7 +757,7 @@ def test_an_adapter_setting_out_of_its_bounds_is_one_sentence(adapter: dict[str,
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"name_or_path": ""}}, "model.name_or_path: string should have at least 1 character, got ''."),
+        ({"model": {"name_or_path": ""}}, "model.name_or_path: '' is empty"),
         ({"model": {"name_or_path": "two words"}}, "model.name_or_path: 'two words' is no folder and no owner/name on"),
         ({"model": {"name_or_path": "demo", "trust_remote_code": "yes"}}, "model.trust_remote_code: input should be a"),
         ({"model": {"name_or_path": "demo", "bnb_4bit_use_double_quant": 1}}, "model.bnb_4bit_use_double_quant: input"),
@@ -766,7 +768,7 @@ def test_an_adapter_setting_out_of_its_bounds_is_one_sentence(adapter: dict[str,
         ({"tasks": {"format": "demo", "epochs": [1e9, 1, 1, 1]}}, "tasks.epochs.0: input should be less than or equal"),
         ({"evaluation": {"max_new_tokens": 10**12}}, "evaluation.max_new_tokens: input should be less than 2147483648"),
         ({"adapter": {"rank_limit": 0}}, "adapter.rank_limit"),
-        ({"output_dir": ""}, "output_dir: string should have at least 1 character"),
+        ({"output_dir": ""}, "output_dir: '' is empty"),
         (
             {"method": {"name": "seekr", "lwf_temperature": math.inf}},
             "method.lwf_temperature must be above 0 and finite",

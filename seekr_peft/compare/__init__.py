@@ -23,6 +23,7 @@ from ..recipe import Recipe
 from ..report import write_comparison_page
 from ..run import RECIPE_FILE, is_finished, recipe_difference, run_recipe
 from ..stopping import RunStopped, listening
+from ..terminal import TerminalConsole
 from .checks import FinishedRun, check_comparable
 from .plan import Job, Plan, Variant, plan_comparison
 from .results import TABLE_FILE, Comparison, read_comparison, write_comparison_files
@@ -84,7 +85,7 @@ def _compare(
     if run:
         check_one_device()
     plan = plan_comparison(source, overrides, methods=methods, seeds=seeds, orders=orders)
-    console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+    console = console or TerminalConsole(stderr=True, width=None if sys.stderr.isatty() else 120)
     logs = plan.directory / LOGS
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,7 @@ def _run(job: Job, plan: Plan, logs: Path, console: Console) -> bool:
     log = logs / f"{job.slug}.log"
     try:
         with log.open("a", encoding="utf-8") as file:
-            result = run_recipe(job.recipe, resume="auto", console=Console(file=file, width=120), report=False)
+            result = run_recipe(job.recipe, resume="auto", console=TerminalConsole(file=file, width=120), report=False)
     except RunInUseError:
         return False
     except SeekrError as error:

@@ -16,9 +16,11 @@ from rich.table import Table
 
 from ..compare import FinishedRun, Variant, check_comparable
 from ..errors import RunError
+from ..paths import given_path
 from ..report import write_comparison
 from ..run import RunResult, run_recipe
 from ..stopping import RunStopped, listening
+from ..terminal import TerminalConsole
 
 METHODS = ("sequential", "replay", "seekr")
 MARKER = ".seekr-peft-demo"
@@ -53,9 +55,10 @@ def run_demo(out: str | Path = "runs/demo", console: Console | None = None) -> P
     Returns:
         The path of the page that shows the three side by side.
     """
+    directory = given_path(out, "the folder of the demo")
     with listening():
         try:
-            return _run_demo(Path(out), console or Console())
+            return _run_demo(directory, console or TerminalConsole())
         except RunStopped as stop:
             stop.go_on_with("the same command starts it again")
             raise

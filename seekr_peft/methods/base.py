@@ -41,6 +41,7 @@ from ..manifest import (
 )
 from ..manifest import METHOD_FILE as STATE_FILE
 from ..model_kind import base_fingerprint, check_model
+from ..paths import given_path
 from .own_loop import GivenGradient, StepCounter
 
 logger = logging.getLogger("seekr_peft")
@@ -276,7 +277,7 @@ class ContinualMethod:
         Raises:
             RunError: ``directory`` holds another sequence of tasks.
         """
-        target = Path(directory)
+        target = given_path(directory, "the folder to save into")
         elsewhere = target.resolve() != self.directory.resolve()
         if (target / STATE_FILE).is_file() and elsewhere:
             there = read_method_state(target)["tasks"]
@@ -331,7 +332,7 @@ class ContinualMethod:
             RunError: The directory is missing, incomplete, of another method, trained over another base, or a file
                 of it is not what was written.
         """
-        state = read_method_state(Path(directory))
+        state = read_method_state(given_path(directory, "the saved method"))
         if state["method"] != cls.name:
             raise RunError(
                 f"{directory} was written by method {state['method']!r}, not {cls.name!r}; load it with that method."

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from seekr_peft.errors import RunError
+from seekr_peft.paths import given_path
 from seekr_peft.report.reading import GeneralCurve, RunRecord, numbered_names, parse, read_run, shorten
 
 FILE_NAME = "comparison.json"
@@ -109,7 +110,7 @@ class Comparison:
 
 def load_comparison(out_directory: str | Path) -> Comparison:
     """Read OUT/comparison.json and its runs; raises RunError naming the file when it is missing or broken."""
-    path = Path(out_directory) / FILE_NAME
+    path = given_path(out_directory, "the comparison") / FILE_NAME
     if not path.is_file():
         raise RunError(f"there is no {path}: give the output_dir of a `seekr-peft compare`")
     content = parse(path.read_text(encoding="utf-8", errors="replace"), str(path))

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from seekr_peft.errors import RunError
+from seekr_peft.paths import given_path
 from seekr_peft.report import figures
 from seekr_peft.report.reading import (
     LOSS_TERMS,
@@ -58,7 +59,7 @@ def write_report(run_directory: str | Path, out: str | Path | None = None) -> Pa
     directory or a file in it is broken.
     """
     run = read_run(run_directory)
-    path = Path(out) if out is not None else run.directory / "report.html"
+    path = given_path(out, "the page") if out is not None else run.directory / "report.html"
     path = path / "report.html" if path.is_dir() else path
     pictures = run_pictures(run)
     html = render(
@@ -81,7 +82,7 @@ def write_comparison(runs: dict[str, Path], out_directory: str | Path, title: st
     """
     records = {str(label): read_run(directory) for label, directory in runs.items()}
     _refuse_different_tasks(records)
-    folder = Path(out_directory)
+    folder = given_path(out_directory, "the folder of the page")
     shared = _shared_pictures(records)
     views = [
         run_view(f"run{number}", run, run_pictures(run), label)

@@ -19,6 +19,7 @@ import numpy as np
 
 from seekr_peft.errors import RunError
 from seekr_peft.manifest import StoredFiles
+from seekr_peft.paths import given_path
 from seekr_peft.yaml_text import YamlTextError, read_yaml
 
 LOSS_TERMS = {
@@ -194,7 +195,7 @@ def read_run(run_directory: str | Path) -> RunRecord:
     """Read a run directory; raises RunError naming the file when it is not one or a file in it is
     broken.
     """
-    directory = Path(run_directory)
+    directory = given_path(run_directory, "the run directory")
     if not directory.is_dir():
         raise RunError(f"there is no run directory at {directory}: give the output_dir of a `seekr-peft run`")
     if not (directory / "state.json").is_file():
