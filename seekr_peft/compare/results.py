@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..costs import COSTS_FILE, read_costs
+from ..errors import printable
 from ..evaluation import FORMULAS, AccuracyMatrix
 from ..evaluation.matrix import JSON_NAME
 from ..manifest import StoredFiles
@@ -156,7 +157,9 @@ class Comparison:
             f"The same for all: {'; '.join(self.same)}.",
         ]
         answered = [self.answer(), ""] if self.answer() else []
-        return "\n".join([f"# {self.title}", "", *answered, *lines, "", *notes, "", f"    {self.command}", ""])
+        return printable(
+            "\n".join([f"# {self.title}", "", *answered, *lines, "", *notes, "", f"    {self.command}", ""])
+        )
 
     def to_rich_table(self) -> Table:
         """The table for the terminal, with fewer columns."""

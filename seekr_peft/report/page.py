@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from seekr_peft.errors import RunError
+from seekr_peft.errors import RunError, printable
 from seekr_peft.paths import given_path
 from seekr_peft.report import figures
 from seekr_peft.report.reading import (
@@ -333,7 +333,9 @@ def render(template: str, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(op_formula=OP_FORMULA, bwt_formula=BWT_FORMULA, **content)
+    page = environment.get_template(template).render(op_formula=OP_FORMULA, bwt_formula=BWT_FORMULA, **content)
+    # A page may be looked at in a terminal, too. A tab is of the text.
+    return printable(page.expandtabs(4))
 
 
 def write_figures(folder: Path, pictures: dict[str, Picture], names: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from seekr_peft.errors import RunError
+from seekr_peft.errors import RunError, printable
 from seekr_peft.manifest import StoredFiles
 from seekr_peft.paths import given_path
 from seekr_peft.yaml_text import YamlTextError, read_yaml
@@ -238,7 +238,7 @@ def read_predictions(run: RunRecord, after: int, on: int) -> list[dict[str, Any]
 
 def shorten(text: str, limit: int) -> str:
     """The text on one line, cut to `limit` characters with an ellipsis."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: max(limit - 1, 1)].rstrip() + "…"
 
 

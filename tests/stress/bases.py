@@ -1,6 +1,7 @@
-"""Damaged base models: every file of the demo's base flipped, cut, emptied, swapped, rewritten, removed or replaced.
+"""Damaged base models: ``python -m stress.bases SEED COUNT`` in ``tests`` prints one line of counts.
 
-A bit inside of a weight is another weight: that such a base is loaded is right. Everything else is refused by name.
+Every file of a copy of the demo's base is flipped, cut, emptied, swapped with another, removed, made null, a folder, a
+link to itself or a pipe, and values in its JSON files are replaced by ones of other types and sizes.
 """
 
 from __future__ import annotations
@@ -9,125 +10,172 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seekr_peft.demo import BASE_PATH
-from seekr_peft.errors import SeekrError
-from seekr_peft.modeling import load_model
-from seekr_peft.recipe import Recipe
+import torch
 
-LONGEST_MESSAGE = 1500
-FILES = tuple(sorted(path.name for path in Path(BASE_PATH).iterdir() if path.is_file()))
-_VALUES: tuple[Any, ...] = (
-    None, [], {}, "", "x", 0, -1, 1.5, True, 10**9, 10**30, [1], {"a": 1}, "\x1b[31m", float("nan"), [[]],
-)  # fmt: skip
-_TEXTS = (
-    "null", "[]", '"x"', "7", "", "{", "\ufeff{}", "[" * 5000, '{"a":' * 3000, '{"a": ' + "9" * 5000 + "}", "{}\x00",
-    "{}",
-)  # fmt: skip
+from seekr_peft.demo import BASE_PATH
+from seekr_peft.errors import SeekrError, printable
+from seekr_peft.modeling import load_model
+from seekr_peft.recipe import load_recipe
+
+OUTCOMES = ("refused", "accepted", "traceback")
+LONGEST = 1500
+"""Characters of a sentence, at most."""
+
+VALUES: tuple[Any, ...] = (
+    *(None, [], {}, "", "x", "\x1b]0;t\x07", True, -1, 0, 1, 1.5, 7, 10**4, 10**9, 10**18, 10**30, -(10**18)),
+    *([None], [[]], {"a": None}, ["x"] * 3, float("nan"), float("inf"), "../x", "a\0b", "é" * 300),
+)
+TEXTS = (b"null", b"[]", b'"x"', b"", b"{", b"\0", b"\xff\xfe", b"\xef\xbb\xbf{}", b"1" * 5000, b"[" * 100_000)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One damage to ``file``: its ``kind``, and a ``seed`` for where and how."""
+    """One damage: what is done, to which file, with which random numbers."""
 
-    file: str
     kind: str
+    file: str
     seed: int
-
-    def __str__(self) -> str:
-        return f"{self.file}, {self.kind}, seed {self.seed}"
-
-
-KINDS = (
-    "flipped",
-    "cut",
-    "emptied",
-    "removed",
-    "a folder",
-    "a loop of links",
-    "swapped",
-    "another text",
-    "another value",
-)
 
 
 def mutations(seed: int, count: int) -> Iterator[Case]:
-    """``count`` damages, the same ones for the same ``seed``."""
-    rng = random.Random(seed)
+    """``count`` cases, the same for one ``seed``; every kind meets every file before one comes twice."""
+    draw = random.Random(seed)
+    files = sorted(path.name for path in BASE_PATH.iterdir() if path.is_file())
+    pairs: list[tuple[str, str]] = []
     for _ in range(count):
-        yield Case(rng.choice(FILES), rng.choice(KINDS), rng.randrange(2**32))
+        if not pairs:
+            # Half of all are of the kinds that have the most ways to go.
+            pairs = [(kind, file) for kind in (*KINDS, *["value", "flip"] * 4) for file in files]
+            draw.shuffle(pairs)
+        yield Case(*pairs.pop(), draw.getrandbits(32))
+
+
+def damage(case: Case, folder: Path) -> None:
+    """Make ``folder`` a copy of the base with the damage of ``case``."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(BASE_PATH, folder)
+    KINDS[case.kind](folder / case.file, random.Random(case.seed))
 
 
 def check_one(case: Case, folder: Path) -> str:
-    """Load the base with that damage: "accepted", "refused", "unclear" (a message that is long, of several lines or
-    names neither folder nor file) or "traceback"."""
-    return look(case, folder)[0]
-
-
-def look(case: Case, folder: Path) -> tuple[str, str]:
-    """The verdict, and the message."""
-    base = folder / "base"
-    shutil.rmtree(base, ignore_errors=True)
-    shutil.copytree(BASE_PATH, base)
-    _damage(base, case)
-    recipe = Recipe.model_validate(
-        {"model": {"name_or_path": str(base), "quantization": "none"}, "tasks": {"format": "demo"}}
-    )
+    """What ``load_model`` and a step of the model make of the damage: "refused" in one sentence that names the folder,
+    "accepted", or "traceback", which also is a sentence that is none."""
+    damage(case, folder)
     try:
-        load_model(recipe)
+        _use(folder)
     except SeekrError as error:
-        text = str(error)
-        clear = len(text) <= LONGEST_MESSAGE and "\n" not in text and (case.file in text or str(base) in text)
-        return ("refused" if clear and text.isprintable() else "unclear"), text
-    except Exception as error:
-        return "traceback", f"{type(error).__name__}: {error}"
-    return "accepted", ""
+        said = str(error)
+        fine = printable(str(folder)) in said and "\n" not in said and len(said) < LONGEST
+        return "refused" if fine else _tell(case)
+    except Exception:
+        return _tell(case)
+    return "accepted"
 
 
-def _damage(base: Path, case: Case) -> None:
-    rng, path = random.Random(case.seed), base / case.file
+def _tell(case: Case) -> str:
+    print(case, file=sys.stderr)
+    traceback.print_exc()
+    return "traceback"
+
+
+def _use(folder: Path) -> None:
+    recipe = load_recipe({"model": {"name_or_path": "demo", "quantization": "none"}, "tasks": {"format": "demo"}})
+    # As if it had been damaged after the recipe's check.
+    section = recipe.model.model_copy(update={"name_or_path": str(folder)})
+    model, tokenizer = load_model(recipe.model_copy(update={"model": section}))
+    tokens = torch.tensor([tokenizer("first: a b")["input_ids"]])
+    with torch.no_grad():
+        model(input_ids=tokens)
+
+
+# Kinds of damage ------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, draw: random.Random) -> None:
     content = bytearray(path.read_bytes())
-    if case.kind == "flipped":
-        # The beginning of a file of tensors is its header.
-        limit = len(content) if rng.random() < 0.5 else min(len(content), 200)
-        content[rng.randrange(limit)] ^= 1 << rng.randrange(8)
-        path.write_bytes(content)
-    elif case.kind == "cut":
-        path.write_bytes(content[: rng.choice([0, 1, 7, 8, 9, rng.randrange(len(content)), len(content) - 1])])
-    elif case.kind == "emptied":
-        path.write_bytes(b"")
-    elif case.kind == "removed":
-        path.unlink()
-    elif case.kind == "a folder":
-        path.unlink()
-        path.mkdir()
-    elif case.kind == "a loop of links":
-        path.unlink()
-        os.symlink(path, path)
-    elif case.kind == "swapped":
-        other = base / rng.choice([name for name in FILES if name != case.file])
-        path.write_bytes(other.read_bytes())
-    elif case.kind == "another text":
-        path.write_text(rng.choice(_TEXTS), encoding="utf-8")
-    elif path.suffix == ".json":
-        _another_value(path, rng)
+    # The first bytes are where a large file says what it holds.
+    place = draw.randrange(min(len(content), draw.choice([8, 4096, len(content)])))
+    content[place] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
 
 
-def _another_value(path: Path, rng: random.Random) -> None:
-    document = json.loads(path.read_text(encoding="utf-8"))
-    place: Any = document
+def cut(path: Path, draw: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: draw.randrange(len(content))])
+
+
+def swap(path: Path, draw: random.Random) -> None:
+    other = draw.choice(sorted(file for file in path.parent.iterdir() if file != path))
+    mine, others = path.read_bytes(), other.read_bytes()
+    path.write_bytes(others)
+    other.write_bytes(mine)
+
+
+def text(path: Path, draw: random.Random) -> None:
+    path.write_bytes(draw.choice(TEXTS))
+
+
+def value(path: Path, draw: random.Random) -> None:
+    """Another value at a place of its JSON, or of the JSON in the header of its tensors."""
+    if path.suffix == ".safetensors":
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = _with_another(json.loads(content[8 : 8 + length]), draw)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    else:
+        path.write_bytes(_with_another(json.loads(path.read_bytes()), draw))
+
+
+def _with_another(document: Any, draw: random.Random) -> bytes:
+    place = document
     while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = rng.choice(keys)
-        if not (isinstance(place[key], dict | list) and place[key]) or rng.random() < 0.3:
+        key = draw.choice(sorted(place) if isinstance(place, dict) else range(len(place)))
+        if not (isinstance(place[key], dict | list) and place[key] and draw.random() < 0.8):
             break
         place = place[key]
-    if rng.random() < 0.2:
-        del place[key]
-    else:
-        place[key] = rng.choice(_VALUES)
-    path.write_text(json.dumps(document), encoding="utf-8")
+    place[key] = draw.choice(VALUES)
+    return json.dumps(document).encode()
+
+
+def removed(path: Path, draw: random.Random) -> None:
+    path.unlink()
+
+
+def folder(path: Path, draw: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def loop(path: Path, draw: random.Random) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def pipe(path: Path, draw: random.Random) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+KINDS: dict[str, Callable[[Path, random.Random], None]] = {
+    each.__name__: each for each in (flip, cut, swap, text, value, removed, folder, loop, pipe)
+}
+
+
+def count(seed: int, n: int) -> Counter[str]:
+    """How many of ``n`` cases had which outcome."""
+    with tempfile.TemporaryDirectory() as directory:
+        return Counter(check_one(case, Path(directory) / "base") for case in mutations(seed, n))
+
+
+if __name__ == "__main__":
+    found = count(int(sys.argv[1]), int(sys.argv[2]))
+    print(f"bases: {sum(found.values())} tried, " + ", ".join(f"{found[outcome]} {outcome}" for outcome in OUTCOMES))
