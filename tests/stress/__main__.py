@@ -30,8 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="seekr-stress-") as name:
         folder = Path(name)
         folder.chmod(0o755)
+        bench = Bench(folder / "bench")
         for family in options.only.split(","):
-            counts = tried(family, Bench(folder / "bench"), folder / family, options)
+            counts = tried(family, bench, folder / family, options)
             print(counts, flush=True)
             failed += counts.failed
     for text in failed:

@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,6 @@ from .bench import (
     copied,
     ended_alike,
     go_on,
-    refusal,
     start,
     write_recipe,
 )
@@ -38,7 +38,6 @@ from .process import End, Signal, command, forked, real_command
 
 SECONDS = 3.0
 """About what a run takes; random instants lie in it."""
-NOBODY = 65534
 EVALUATING = "predictions/02-last/.01-first.jsonl.partial"
 IN_TASK = "checkpoints/02-last/checkpoint-4/manifest.json"
 
@@ -172,9 +171,9 @@ def damages(draw: random.Random) -> dict[str, Callable[[Path], None]]:
 def damage(bench: Bench, seed: int) -> Iterator[Case]:
     """Every stored file of a finished and of an interrupted run is damaged, and read by every command."""
     for variant, run in _stored_runs(bench):
-        reference, commands = bench.reference(variant), _readings(bench, variant, run)
+        reference = bench.reference(variant)
         for name, what, done in damaged_files(run, seed):
-            act = _damaged(run, variant, name, done, reference, commands)
+            act = _damaged(run, variant, name, done, reference)
             yield Case(f"{variant}, {run.parent.name}: {name} {what}", act)
 
 
@@ -200,10 +199,8 @@ def _leaves(what: str, path: Path) -> bool:
     return (what == "emptied" and size == 0) or (what.startswith("cut") and size < 3)
 
 
-def restored(variant: str, run: Path) -> None:
-    """``from_pretrained`` over a fresh model; prints a checksum of the adapters and of the replay memory."""
-    from rich.console import Console
-
+def restored(run: Path) -> None:
+    """``from_pretrained`` over a fresh model; prints a checksum of the adapters."""
     from seekr_peft.methods import get_method
     from seekr_peft.modeling import load_model
     from seekr_peft.recipe import load_recipe
@@ -214,35 +211,20 @@ def restored(variant: str, run: Path) -> None:
     for name, tensor in sorted(method.model.state_dict().items()):
         if "lora" in name:
             digest.update(tensor.detach().cpu().numpy().tobytes())
-    memory = getattr(method, "memory", None)
-    samples = [list(task.samples) for task in memory.tasks] if hasattr(memory, "tasks") and False else None
-    Console().print(digest.hexdigest(), samples, method.task_names)
+    print(method.task_names, digest.hexdigest())
 
 
-def _from_pretrained(variant: str, run: Path) -> Callable[[], None]:
+def _from_pretrained(run: Path) -> End:
     def call() -> None:
-        import sys
-
         from seekr_peft.errors import SeekrError
 
         try:
-            restored(variant, run)
+            restored(run)
         except SeekrError as error:
             print(f"seekr-peft: {error}", file=sys.stderr)
             raise SystemExit(2) from None
 
-    return call
-
-
-def _readings(bench: Bench, variant: str, run: Path) -> dict[str, Callable[[Path], Any]]:
-    """What each command that only reads comes to over a run."""
-    return {
-        "export": lambda run: _exported(run),
-        "report": lambda run: _reported(run),
-        "inspect": lambda run: command("inspect", run),
-        "verify": lambda run: command("inspect", run, "--verify"),
-        "from_pretrained": lambda run: forked(_from_pretrained(variant, run)),
-    }
+    return forked(call)
 
 
 def _exported(run: Path, **options: Any) -> End:
@@ -269,43 +251,54 @@ def _with_files(end: End, out: Path) -> End:
     return End(0, end.out + hashlib.sha256(b"".join(parts)).hexdigest(), end.err)
 
 
+READINGS: dict[str, Callable[..., End]] = {
+    "export": _exported,
+    "report": _reported,
+    "inspect": lambda run, **options: command("inspect", run, **options),
+    "verify": lambda run, **options: command("inspect", run, "--verify", **options),
+    "from_pretrained": _from_pretrained,
+}
+"""What each command that only reads comes to over a run."""
+
+
 def _damaged(
-    run: Path, variant: str, name: str, done: Callable[[Path], None], reference: Path, commands: dict[str, Any]
+    run: Path, variant: str, name: str, done: Callable[[Path], None], reference: Path
 ) -> Callable[[Path], Outcome]:
     def act(folder: Path) -> Outcome:
         ours = copied(run, folder, variant)
-        whole = copied(run, folder / "whole", variant)
         done(ours / name)
-        found = [
-            _read_alike(label, read(ours), lambda read=read: read(whole), name, (ours, whole))
-            for label, read in commands.items()
-        ]
-        end = go_on(folder / "recipe.yaml")
-        resumed = ended_alike(end, ours, reference, Path(name).name)
+        found = [_read_alike(label, ours, run, Path(name).name) for label in READINGS]
+        resumed = ended_alike(go_on(folder / "recipe.yaml"), ours, reference, Path(name).name)
         return worst([*found, Outcome(resumed.kind, f"resume: {resumed.detail}")])
 
     return act
 
 
-def _read_alike(label: str, end: End, again: Callable[[], End], name: str, runs: tuple[Path, Path]) -> Outcome:
+def _read_alike(label: str, ours: Path, original: Path, name: str) -> Outcome:
+    """Whether a command says of a damaged run what it says of the whole one, or names the damaged file."""
+    read = READINGS[label]
+    end = read(ours)
     if end.failed:
         return Outcome(TRACEBACK, f"{label}: {end}")
-    if end.code == 2:
-        wanted = again() if Path(name).name not in end.err else None
-        if wanted is not None and wanted.code == 2 and _plain(wanted.err, runs) == _plain(end.err, runs):
-            return Outcome(IDENTICAL)
-        found = refusal(end, Path(name).name)
-        return Outcome(found.kind, f"{label}: {found.detail}")
-    wanted = again()
-    if _plain(wanted.out, runs) == _plain(end.out, runs) and wanted.code == end.code:
+    if end.refused and name in end.err:
+        return Outcome(REFUSED)
+    wanted = _of_the_whole(read, ours, original)
+    if (end.code, end.out) == (wanted.code, wanted.out) and (end.code == 0 or end.err == wanted.err):
         return Outcome(IDENTICAL)
+    if end.code == 2:
+        return Outcome(UNNAMED, f"{label}: {end}")
     return Outcome(DIFFERENT, f"{label} says {end.out[-300:]!r}, and of what is whole {wanted.out[-300:]!r}")
 
 
-def _plain(text: str, runs: tuple[Path, Path]) -> str:
-    for run in runs:
-        text = text.replace(f"{run.parent}/", "").replace(str(run.parent), "")
-    return " ".join(text.split())
+def _of_the_whole(read: Callable[..., End], ours: Path, original: Path) -> End:
+    """What a command says of the undamaged run at the same path."""
+    aside = ours.with_name("aside")
+    ours.rename(aside)
+    shutil.copytree(original, ours, symlinks=True)
+    end = read(ours)
+    shutil.rmtree(ours)
+    aside.rename(ours)
+    return end
 
 
 def checkpoint_damage(bench: Bench, seed: int) -> Iterator[Case]:
@@ -501,7 +494,7 @@ def _went_on(end: End, recipe: Path, reference: Path) -> Outcome:
 
 
 def rights(bench: Bench, seed: int) -> Iterator[Case]:
-    """A folder that may not be written, files and folders that may not be read, for a user that does not own them."""
+    """A folder that may not be written, files and folders that may not be read, for a user who has no privileges."""
     for label, run in (("finished", bench.reference("seekr")), ("interrupted", bench.interrupted("seekr", EVALUATING))):
         for what in ("run", "resume", "export", "report", "page", "inspect", "verify"):
             yield Case(f"read-only, {label}: {what}", _without_rights(run, what, _read_only, "run"))
@@ -541,44 +534,50 @@ def _writable(run: Path) -> None:
         path.chmod(0o777 if path.is_dir() else 0o666)
 
 
-def become_nobody() -> None:
-    """Give up the rights of root, for whom no file is closed."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+def without_privileges() -> None:
+    """Give up what root may do with files whatever their modes. The user stays the same: another one might not be let
+    at Python's own library."""
+    header, nothing = (ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION_3, 0), (ctypes.c_uint32 * 6)()
+    if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).capset(header, nothing) != 0:
+        raise OSError(ctypes.get_errno(), "cannot give up the privileges of root")
+
+
+_CAPABILITIES_VERSION_3 = 0x20080522
 
 
 _DOING: dict[str, Callable[..., End]] = {
+    **READINGS,
     "run": lambda run, **options: start(run.parent / "recipe.yaml", **options),
     "resume": lambda run, **options: start(run.parent / "recipe.yaml", "--resume", **options),
-    "export": lambda run, **options: _exported(run, **options),
-    "report": lambda run, **options: _reported(run, **options),
     "page": lambda run, **options: command("report", run, **options),
-    "inspect": lambda run, **options: command("inspect", run, **options),
-    "verify": lambda run, **options: command("inspect", run, "--verify", **options),
 }
 
 
 def _without_rights(run: Path, what: str, change: Callable[[Path], None], name: str) -> Callable[[Path], Outcome]:
     def act(folder: Path) -> Outcome:
-        ours, whole = copied(run, folder, "seekr"), copied(run, folder / "whole", "seekr")
+        ours = copied(run, folder, "seekr")
         folder.chmod(0o777)
         change(ours)
-        end = _DOING[what](ours, prepare=become_nobody)
+        end = _DOING[what](ours, prepare=without_privileges)
         if end.failed:
             return Outcome(TRACEBACK, str(end))
-        if end.code == 2 and end.refused and (name in end.err or str(ours) in end.err):
-            return Outcome(REFUSED, str(end))
-        wanted = _DOING[what](whole)
-        same = wanted.code == end.code and _plain(wanted.out, (ours, whole)) == _plain(end.out, (ours, whole))
-        if end.code == 2:
-            return Outcome(IDENTICAL if same else UNNAMED, str(end))
-        if what in ("run", "resume") and contents(ours) != contents(whole):
-            return Outcome(DIFFERENT, f"not what it is with all rights: {end}")
-        return Outcome(IDENTICAL) if same else Outcome(DIFFERENT, f"{end.out!r}, with all rights {wanted.out!r}")
+        if end.refused and (name in end.err or str(ours) in end.err):
+            return Outcome(REFUSED)
+        if what in ("run", "resume") and end.code == 0:
+            return _as_with_all_rights(ours, run, what)
+        wanted = _of_the_whole(_DOING[what], ours, run)
+        if (end.code, end.out) == (wanted.code, wanted.out) and (end.code == 0 or end.err == wanted.err):
+            return Outcome(IDENTICAL)
+        return Outcome(UNNAMED if end.code == 2 else DIFFERENT, f"{end}; with all rights {wanted}")
 
     return act
+
+
+def _as_with_all_rights(ours: Path, run: Path, what: str) -> Outcome:
+    whole = copied(run, ours.parent / "whole", "seekr")
+    end = _DOING[what](whole)
+    same = end.code == 0 and contents(ours) == contents(whole)
+    return Outcome(IDENTICAL) if same else Outcome(DIFFERENT, f"not what it is with all rights: {end}")
 
 
 FAMILIES: dict[str, Callable[[Bench, int], Iterator[Case]]] = {
@@ -591,5 +590,6 @@ FAMILIES: dict[str, Callable[[Bench, int], Iterator[Case]]] = {
     "rights": rights,
     "repair": repair,
 }
-USUAL = {"damage": 500, "rights": 250, "repair": 160, "signals": 70}
+USUAL = {"kills": 200, "damage": 300, "checkpoint-kills": 120, "checkpoint-damage": 60, "signals": 70, "rights": 250,
+         "repair": 90}  # fmt: skip
 """How many cases of a family are tried where a number is not given; all of the others."""
