@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bench import BAD, OUTCOMES, REFUSED, TRACEBACK, Outcome
+from .bench import BAD, DIFFERENT, IDENTICAL, OUTCOMES, REFUSED, TRACEBACK, UNNAMED, Outcome
 
 PATIENCE = 900.0
 """Seconds after which a whole case hangs."""
@@ -43,7 +43,7 @@ class Counts:
         return f"{self.family}: {self.kinds.total()} tried, {', '.join(counts)}"
 
 
-_WHERE_SEEN = {"refused without a name"}
+_WHERE_SEEN = {UNNAMED, IDENTICAL}
 
 
 def chosen(cases: Iterable[Case], seed: int, count: int | None, numbers: set[int]) -> list[tuple[int, Case]]:
@@ -115,7 +115,8 @@ def _told(place: Path) -> Outcome:
     return Outcome(*json.loads(path.read_text(encoding="utf-8")))
 
 
-_VERDICTS = {"accepted": "accepted", "refused": REFUSED}
+_VERDICTS = {"accepted": "accepted", "refused": REFUSED, "unclear": UNNAMED, "unusable": DIFFERENT}
+"""What ``check_one`` says, and how it counts; anything else is a traceback."""
 
 
 def mutated(module: object, seed: int, count: int) -> Iterator[Case]:
@@ -124,6 +125,6 @@ def mutated(module: object, seed: int, count: int) -> Iterator[Case]:
 
         def act(folder: Path, case: object = case) -> Outcome:
             verdict = module.check_one(case, folder)  # type: ignore[attr-defined]
-            return Outcome(_VERDICTS.get(verdict, TRACEBACK), verdict)
+            return Outcome(_VERDICTS.get(verdict.partition(":")[0], TRACEBACK), verdict)
 
         yield Case(repr(case)[:300], act)

@@ -60,20 +60,19 @@ class Signal:
 
 
 def load_everything() -> None:
-    """Import what the commands import, so that the forked ones need not."""
+    """Import what the commands import, so that the forked ones need not. Nothing may start a thread here, not even
+    torch's setting of their number: a forked process would have its pool, without the threads."""
     os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
     os.environ.update({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"})
     import bitsandbytes  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
-    import torch
+    import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
 
     import seekr_peft.cli
     import seekr_peft.export
     import seekr_peft.report
     import seekr_peft.run  # noqa: F401
-
-    torch.set_num_threads(1)
 
 
 def forked(
