@@ -281,7 +281,7 @@ def test_the_rhythm_is_the_same_whichever_way_the_length_is_given(tmp_path: Path
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("training.max_steps=0", r"training\.max_steps must be a number above 0, or -1"),
+        ("training.max_steps=0", r"training\.max_steps must be a whole number above 0, or -1"),
         ("training.dataloader_drop_last=true tasks.max_train=4", r"dataloader_drop_last .* 4 samples .* batch of 8"),
     ],
 )
