@@ -219,6 +219,8 @@ def _load(model: ModelSection, config: Any, chat: bool) -> tuple[Any, Any]:
     try:
         with _panics_are_errors():
             tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(name, **common))
+            # Some damage (a model_max_length that is a list) only shows in use.
+            tokenizer.decode(tokenizer("a b")["input_ids"])
         if chat:
             check_chat_template(tokenizer)
         with report.instead_of_shown(), _panics_are_errors():

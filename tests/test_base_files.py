@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_run import small_recipe
+from stress.bases import check_one, mutations
 from transformers import AutoModelForCausalLM
 
 from seekr_peft.base_files import check_base_files
@@ -256,3 +257,18 @@ def test_a_configuration_of_wrong_types_is_refused_or_means_what_its_default_doe
             said.append(str(error))
     assert len(said) > 3
     assert all("base" in text and "\n" not in text and len(text) < 1500 for text in said)
+
+
+def test_a_tokenizer_that_fails_only_in_use_is_refused(base: Path) -> None:
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": [1]}))
+    with pytest.raises(ConfigError, match=r"base cannot be loaded: TypeError: ") as caught:
+        load_model(recipe_of(base))
+    assert "\n" not in str(caught.value)
+
+
+def test_damage_drawn_at_random_is_refused_in_one_sentence_or_loads(tmp_path: Path) -> None:
+    cases = list(mutations(3, 12))
+    assert cases == list(mutations(3, 12)) and cases != list(mutations(4, 12))
+    outcomes = [check_one(case, tmp_path / "base") for case in cases]
+    assert "traceback" not in outcomes and outcomes.count("refused") > 5
