@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the command line names; the status."""
     options = _options(arguments)
     load_everything()
-    failed: list[str] = []
+    n_failed = 0
     with tempfile.TemporaryDirectory(prefix="seekr-stress-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -34,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
         for family, count in options.only:
             counts = tried(family, count, bench, folder / family, options)
             print(counts, flush=True)
-            failed += counts.failed
-    for text in failed:
-        print(text, file=sys.stderr)
-    return int(bool(failed))
+            for text in counts.failed:
+                print(text, file=sys.stderr, flush=True)
+            n_failed += len(counts.failed)
+    return int(n_failed > 0)
 
 
 def tried(family: str, count: int | None, bench: Bench, folder: Path, options: Any) -> Counts:

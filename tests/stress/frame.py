@@ -127,4 +127,4 @@ def mutated(module: object, seed: int, count: int) -> Iterator[Case]:
             verdict = module.check_one(case, folder)  # type: ignore[attr-defined]
             return Outcome(_VERDICTS.get(verdict.partition(":")[0], TRACEBACK), verdict)
 
-        yield Case(repr(case)[:300], act)
+        yield Case(str(getattr(case, "name", None) or repr(case)[:300]), act)
