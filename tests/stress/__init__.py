@@ -1,1 +1,1 @@
-"""The harness of ``make stress``: runs that are killed, files that are damaged, recipes and data that are mutated."""
+"""Whether anything breaks it: damaged files, recipes and data, processes that end at any moment (``make stress``)."""

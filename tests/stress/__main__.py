@@ -1,0 +1,69 @@
+"""``make stress``: all families, a line of counts for each; status 1 where something was accepted, lost or broken."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Read when the libraries are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from .bench import Bench
+from .families import FAMILIES, USUAL
+from .frame import Counts, chosen, mutated, run_cases
+from .process import load_everything
+
+MUTATIONS = {"recipes": 1000, "data": 500, "bases": 100}
+"""Families of mutated input, each a module of this package, and how many cases are usual."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line names; the status."""
+    options = _options(arguments)
+    load_everything()
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="seekr-stress-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        bench = Bench(folder / "bench")
+        for family in options.only.split(","):
+            counts = tried(family, bench, folder / family, options)
+            print(counts, flush=True)
+            failed += counts.failed
+    for text in failed:
+        print(text, file=sys.stderr)
+    return int(bool(failed))
+
+
+def tried(family: str, bench: Bench, folder: Path, options: Any) -> Counts:
+    """The counts of one family."""
+    count = options.count or {**USUAL, **MUTATIONS}.get(family)
+    cases = chosen(_cases(family, bench, options.seed, count), options.seed, count, options.numbers)
+    repeat = f"PYTHONPATH=tests python -m stress --only {family} --seed {options.seed} --count {count or 0} --numbers"
+    return run_cases(family, cases, folder, options.workers, repeat)
+
+
+def _cases(family: str, bench: Bench, seed: int, count: int | None) -> Any:
+    if family in FAMILIES:
+        return FAMILIES[family](bench, seed)
+    return mutated(importlib.import_module(f".{family}", __package__), seed, count or 0)
+
+
+def _options(arguments: list[str] | None) -> Any:
+    parser = argparse.ArgumentParser(prog="stress", description=__doc__)
+    here = [family for family in MUTATIONS if Path(__file__).with_name(f"{family}.py").exists()]
+    parser.add_argument("--only", default=",".join([*FAMILIES, *here]), help="families, with commas between")
+    parser.add_argument("--count", type=int, default=0, help="cases of each family (default: what is usual)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--numbers", type=lambda text: {int(n) for n in text.split(",")}, default=set())
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
