@@ -170,14 +170,14 @@ def damages(draw: random.Random) -> dict[str, Callable[[Path], None]]:
 
 def damage(bench: Bench, seed: int) -> Iterator[Case]:
     """Every stored file of a finished and of an interrupted run is damaged, and read by every command."""
-    for variant, run in _stored_runs(bench):
+    for variant, run in stored_runs(bench):
         reference = bench.reference(variant)
         for name, what, done in damaged_files(run, seed):
             act = _damaged(run, variant, name, done, reference)
             yield Case(f"{variant}, {run.parent.name}: {name} {what}", act)
 
 
-def _stored_runs(bench: Bench) -> Iterator[tuple[str, Path]]:
+def stored_runs(bench: Bench) -> Iterator[tuple[str, Path]]:
     for variant in ("seekr", "ewc"):
         yield variant, bench.reference(variant)
         yield variant, bench.interrupted(variant, EVALUATING)
@@ -267,14 +267,14 @@ def _damaged(
     def act(folder: Path) -> Outcome:
         ours = copied(run, folder, variant)
         done(ours / name)
-        found = [_read_alike(label, ours, run, Path(name).name) for label in READINGS]
+        found = [read_alike(label, ours, run, Path(name).name) for label in READINGS]
         resumed = ended_alike(go_on(folder / "recipe.yaml"), ours, reference, Path(name).name)
         return worst([*found, Outcome(resumed.kind, f"resume: {resumed.detail}")])
 
     return act
 
 
-def _read_alike(label: str, ours: Path, original: Path, name: str) -> Outcome:
+def read_alike(label: str, ours: Path, original: Path, name: str) -> Outcome:
     """Whether a command says of a damaged run what it says of the whole one, or names the damaged file."""
     read = READINGS[label]
     end = read(ours)
@@ -315,13 +315,13 @@ EVALUATING_STEPS = "checkpoints/02-last/checkpoint-6"
 def _damaged_checkpoint(run: Path, name: str, done: Any, reference: Path) -> Callable[[Path], Outcome]:
     def act(folder: Path) -> Outcome:
         ours = copied(run, folder, "saving")
-        before = _checksums(ours)
+        before = sums_of_files(ours)
         done(ours / name)
         end = start(folder / "recipe.yaml", "--resume")
         resumed = ended_alike(end, ours, reference, Path(name).name)
         if end.code == 0 or resumed.kind in BAD:
             return resumed
-        return worst([resumed, _repaired(ours, name, before, reference, at_once=False)])
+        return worst([resumed, repaired(ours, name, before, reference, at_once=False)])
 
     return act
 
@@ -331,7 +331,7 @@ def _damaged_checkpoint(run: Path, name: str, done: Any, reference: Path) -> Cal
 
 def repair(bench: Bench, seed: int) -> Iterator[Case]:
     """A damaged run is repaired: nothing whole is lost, and it goes on to the same end."""
-    for variant, run in _stored_runs(bench):
+    for variant, run in stored_runs(bench):
         reference = bench.reference(variant)
         for name, what, done in damaged_files(run, seed):
             if name != ".lock":
@@ -344,26 +344,26 @@ def _damaged_and_repaired(
 ) -> Callable[[Path], Outcome]:
     def act(folder: Path) -> Outcome:
         ours = copied(run, folder, variant)
-        before = _checksums(ours)
+        before = sums_of_files(ours)
         done(ours / name)
-        return _repaired(ours, name, before, reference, at_once)
+        return repaired(ours, name, before, reference, at_once)
 
     return act
 
 
-def _checksums(run: Path) -> Counter[str]:
+def sums_of_files(run: Path) -> Counter[str]:
     files = (path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "manifest.json"))
     return Counter(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
 
 
-def _repaired(ours: Path, name: str, before: Counter[str], reference: Path, at_once: bool) -> Outcome:
+def repaired(ours: Path, name: str, before: Counter[str], reference: Path, at_once: bool) -> Outcome:
     """``at_once``: by ``run --repair``, where ``repair`` and ``run --resume`` are two commands."""
-    recipe, whole = ours.parent / "recipe.yaml", before & _checksums(ours)
+    recipe, whole = ours.parent / "recipe.yaml", before & sums_of_files(ours)
     if not at_once:
         end = command("repair", ours)
         if end.code != 0:
             return Outcome(TRACEBACK, f"repair: {end}")
-        lost = whole - _checksums(ours)
+        lost = whole - sums_of_files(ours)
         if lost:
             return Outcome(DIFFERENT, f"repair lost {sum(lost.values())} files that were whole: {end.out}")
     end = start(recipe, "--repair" if at_once else "--resume")
