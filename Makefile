@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-gpu lint format bench clean
+.PHONY: demo test test-gpu stress lint format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/seekr-peft demo
@@ -14,6 +14,10 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	SEEKR_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py tests/test_fused_rows.py
+
+# STRESS='--only kills,damage=50 --seed 3' for a part of it.
+stress: $(INSTALLED)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m stress $(STRESS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

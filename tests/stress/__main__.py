@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(name)
         folder.chmod(0o755)
         bench = Bench(folder / "bench")
-        for family in options.only.split(","):
-            counts = tried(family, bench, folder / family, options)
+        for family, count in options.only:
+            counts = tried(family, count, bench, folder / family, options)
             print(counts, flush=True)
             failed += counts.failed
     for text in failed:
@@ -40,11 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def tried(family: str, bench: Bench, folder: Path, options: Any) -> Counts:
+def tried(family: str, count: int | None, bench: Bench, folder: Path, options: Any) -> Counts:
     """The counts of one family."""
-    count = options.count or {**USUAL, **MUTATIONS}.get(family)
+    count = count or options.count or {**USUAL, **MUTATIONS}.get(family)
     cases = chosen(_cases(family, bench, options.seed, count), options.seed, count, options.numbers)
-    repeat = f"PYTHONPATH=tests python -m stress --only {family} --seed {options.seed} --count {count or 0} --numbers"
+    # The number of mutated cases is a part of what they are.
+    size = f"={count}" if family in MUTATIONS else ""
+    repeat = f"PYTHONPATH=tests python -m stress --seed {options.seed} --only {family}{size} --numbers"
     return run_cases(family, cases, folder, options.workers, repeat)
 
 
@@ -54,14 +56,30 @@ def _cases(family: str, bench: Bench, seed: int, count: int | None) -> Any:
     return mutated(importlib.import_module(f".{family}", __package__), seed, count or 0)
 
 
+def _families(text: str) -> list[tuple[str, int | None]]:
+    """Names of families, with or without how many cases of each."""
+    parts = [part.partition("=") for part in text.split(",")]
+    unknown = [name for name, _, _ in parts if name not in _known()]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no family {unknown[0]!r}; there are {', '.join(_known())}")
+    return [(name, int(count) if count else None) for name, _, count in parts]
+
+
+def _known() -> list[str]:
+    return [*FAMILIES, *(name for name in MUTATIONS if Path(__file__).with_name(f"{name}.py").exists())]
+
+
 def _options(arguments: list[str] | None) -> Any:
     parser = argparse.ArgumentParser(prog="stress", description=__doc__)
-    here = [family for family in MUTATIONS if Path(__file__).with_name(f"{family}.py").exists()]
-    parser.add_argument("--only", default=",".join([*FAMILIES, *here]), help="families, with commas between")
-    parser.add_argument("--count", type=int, default=0, help="cases of each family (default: what is usual)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--numbers", type=lambda text: {int(n) for n in text.split(",")}, default=set())
+    parser.add_argument(
+        "--only", type=_families, default=",".join(_known()), help="families with commas between: kills,damage=20"
+    )
+    parser.add_argument("--count", type=int, help="cases of each family (default: what is usual; many: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--workers", type=int, default=2, help="cases at a time")
+    parser.add_argument(
+        "--numbers", type=lambda text: set(map(int, text.split(","))), default=set(), help="these cases alone"
+    )
     return parser.parse_args(arguments)
 
 
