@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .bench import BAD, DIFFERENT, IDENTICAL, TRACEBACK, Bench, Outcome, contents, copied, ended_alike, go_on, start
+from .bench import DIFFERENT, IDENTICAL, TRACEBACK, Bench, Outcome, contents, copied, ended_alike, go_on, start
 from .bench import write_recipe as written_recipe
 from .families import damaged_files, repaired, stored_runs, sums_of_files
 from .frame import Case
@@ -43,7 +43,14 @@ def _ended_again(reference: Path, variant: str, ends: list[tuple[int, int]], fol
         end = begin(recipe, prepare=partial(_end_at, run, at, number))
         if end.code not in (0, -number, 128 + number) or "Traceback" in end.err:
             return Outcome(TRACEBACK, f"was to be ended, but: {end}")
+        verified = command("inspect", run, "--verify")
+        if verified.code != 0 and "so nothing in it can be checked" not in verified.err:
+            return Outcome(DIFFERENT, f"nothing was damaged, but: {verified}")
         begin = go_on
+    if run.exists():
+        repaired_run = command("repair", run)
+        if repaired_run.code != 0 or "is whole; nothing was changed" not in repaired_run.out:
+            return Outcome(DIFFERENT, f"nothing was damaged, but: {repaired_run.out} {repaired_run}")
     return ended_alike(go_on(recipe), run, reference)
 
 
@@ -123,3 +130,4 @@ FAMILIES: dict[str, Callable[[Bench, int], Iterator[Case]]] = {
     "repair-kills": repair_kills,
     "reading-kills": reading_kills,
 }
+USUAL = {"chains": 60, "repair-kills": 40, "reading-kills": 24}

@@ -39,7 +39,7 @@ from .process import End, Signal, command, forked, real_command
 SECONDS = 3.0
 """About what a run takes; random instants lie in it."""
 EVALUATING = "predictions/02-last/.01-first.jsonl.partial"
-IN_TASK = "checkpoints/02-last/checkpoint-4/manifest.json"
+IN_TASK = "checkpoints/02-last/.checkpoint-6.partial/.manifest.json.partial"
 
 
 def worst(outcomes: list[Outcome]) -> Outcome:
@@ -303,13 +303,10 @@ def _of_the_whole(read: Callable[..., End], ours: Path, original: Path) -> End:
 
 def checkpoint_damage(bench: Bench, seed: int) -> Iterator[Case]:
     """Every file of a checkpoint inside a task is damaged: named by ``--resume``, and gone round by ``repair``."""
-    reference, run = bench.reference("saving"), bench.interrupted("saving", EVALUATING_STEPS)
+    reference, run = bench.reference("saving"), bench.interrupted("saving", IN_TASK)
     for name, what, done in damaged_files(run, seed):
-        if name.startswith("checkpoints/"):
+        if name.startswith("checkpoints/02-last/checkpoint-"):
             yield Case(f"saving: {name} {what}", _damaged_checkpoint(run, name, done, reference))
-
-
-EVALUATING_STEPS = "checkpoints/02-last/checkpoint-6"
 
 
 def _damaged_checkpoint(run: Path, name: str, done: Any, reference: Path) -> Callable[[Path], Outcome]:
@@ -367,14 +364,26 @@ def repaired(ours: Path, name: str, before: Counter[str], reference: Path, at_on
         if lost:
             return Outcome(DIFFERENT, f"repair lost {sum(lost.values())} files that were whole: {end.out}")
     end = start(recipe, "--repair" if at_once else "--resume")
-    for aside in ours.glob("damaged-*"):
-        shutil.rmtree(aside)
-    found = ended_alike(end, ours, reference, name)
-    lasting = [name] if name.startswith("predictions/") or name == "metrics.jsonl" else []
-    if found.kind == DIFFERENT and found.detail.endswith(f": {', '.join(lasting)}") and lasting:
-        # Answers of a model that later tasks have changed, and the losses of steps, cannot be had again.
-        return Outcome(IDENTICAL)
-    return found
+    return came_to_the_same(ours, reference, name) if end.code == 0 else ended_alike(end, ours, reference, name)
+
+
+def came_to_the_same(ours: Path, reference: Path, *names: str) -> Outcome:
+    """Whether a repaired run has ended as the ``reference``, but for what cannot be had again where it was among the
+    damaged ``names``: answers of a model that later tasks have changed, the losses of steps, and their figures."""
+    found = {name: text for name, text in contents(ours).items() if not name.startswith("damaged-")}
+    wanted = contents(reference)
+    other = {name for name in {*found, *wanted} if found.get(name) != wanted.get(name)}
+    other -= {name for name in other if any(_is_of(name, damaged) for damaged in names)}
+    if other:
+        return Outcome(DIFFERENT, f"repaired: other files than the reference: {', '.join(sorted(other)[:8])}")
+    verified = command("inspect", ours, "--verify")
+    return Outcome(IDENTICAL) if verified.code == 0 else Outcome(DIFFERENT, f"repaired, does not verify: {verified}")
+
+
+def _is_of(name: str, damaged: str) -> bool:
+    below = name == damaged or name.startswith(f"{damaged}/")
+    drawn_from = damaged in ("metrics.jsonl", "predictions") and name.startswith("figures/")
+    return drawn_from or (below and name.startswith(("predictions/", "metrics.jsonl", "figures/")))
 
 
 # Signals ------------------------------------------------------------------------------------------------------------
