@@ -13,11 +13,13 @@ from typing import Any
 # Read when the libraries are imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from . import chains, families, places
 from .bench import Bench
-from .families import FAMILIES, USUAL
 from .frame import Counts, chosen, mutated, run_cases
 from .process import load_everything
 
+FAMILIES = {**families.FAMILIES, **chains.FAMILIES, **places.FAMILIES}
+USUAL = {**families.USUAL, **chains.USUAL, **places.USUAL}
 MUTATIONS = {"recipes": 1000, "data": 500, "bases": 100}
 """Families of mutated input, each a module of this package, and how many cases are usual."""
 

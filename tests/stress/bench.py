@@ -20,8 +20,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "seekr": {},
     "saving": {"training": {**_TRAINING, "save_strategy": "steps", "save_steps": 2}},
     "ewc": {"method": {"name": "ewc"}, "adapter": {"r": 4, "lora_alpha": 8, "mode": "continue"}},
+    "lwf": {"method": {"name": "lwf"}, "training": {**_TRAINING, "save_strategy": "steps", "save_steps": 3}},
+    "multitask": {"method": {"name": "multitask"}},
+    "other seed": {"seed": 1},
 }
-"""Recipes of two tasks: the method itself; with checkpoints inside a task; and a method with one adapter for all."""
+"""Recipes of two tasks: the method itself; with checkpoints inside a task; a method with one adapter for all; one with
+a teacher of its own; all tasks at once; and other numbers."""
 
 _MAY_DIFFER = {
     "environment.json": "seconds and the command",
@@ -124,7 +128,10 @@ def contents(run: Path) -> dict[str, str]:
 def _content(path: Path, run: Path) -> str:
     if path.relative_to(run).as_posix() in _MAY_DIFFER:
         return "there"
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return str(error.strerror)
     if path.name == "recipe.yaml":
         # The one setting in which the recipes of two runs differ.
         content = re.sub(rb"(?m)^output_dir: .*\n(  .*\n)*", b"", content)

@@ -39,7 +39,7 @@ from .process import End, Signal, command, forked, real_command
 SECONDS = 3.0
 """About what a run takes; random instants lie in it."""
 EVALUATING = "predictions/02-last/.01-first.jsonl.partial"
-IN_TASK = "checkpoints/02-last/checkpoint-4/manifest.json"
+IN_TASK = "checkpoints/02-last/.checkpoint-6.partial/.manifest.json.partial"
 
 
 def worst(outcomes: list[Outcome]) -> Outcome:
@@ -170,14 +170,14 @@ def damages(draw: random.Random) -> dict[str, Callable[[Path], None]]:
 
 def damage(bench: Bench, seed: int) -> Iterator[Case]:
     """Every stored file of a finished and of an interrupted run is damaged, and read by every command."""
-    for variant, run in _stored_runs(bench):
+    for variant, run in stored_runs(bench):
         reference = bench.reference(variant)
         for name, what, done in damaged_files(run, seed):
             act = _damaged(run, variant, name, done, reference)
             yield Case(f"{variant}, {run.parent.name}: {name} {what}", act)
 
 
-def _stored_runs(bench: Bench) -> Iterator[tuple[str, Path]]:
+def stored_runs(bench: Bench) -> Iterator[tuple[str, Path]]:
     for variant in ("seekr", "ewc"):
         yield variant, bench.reference(variant)
         yield variant, bench.interrupted(variant, EVALUATING)
@@ -267,14 +267,14 @@ def _damaged(
     def act(folder: Path) -> Outcome:
         ours = copied(run, folder, variant)
         done(ours / name)
-        found = [_read_alike(label, ours, run, Path(name).name) for label in READINGS]
+        found = [read_alike(label, ours, run, Path(name).name) for label in READINGS]
         resumed = ended_alike(go_on(folder / "recipe.yaml"), ours, reference, Path(name).name)
         return worst([*found, Outcome(resumed.kind, f"resume: {resumed.detail}")])
 
     return act
 
 
-def _read_alike(label: str, ours: Path, original: Path, name: str) -> Outcome:
+def read_alike(label: str, ours: Path, original: Path, name: str) -> Outcome:
     """Whether a command says of a damaged run what it says of the whole one, or names the damaged file."""
     read = READINGS[label]
     end = read(ours)
@@ -303,25 +303,22 @@ def _of_the_whole(read: Callable[..., End], ours: Path, original: Path) -> End:
 
 def checkpoint_damage(bench: Bench, seed: int) -> Iterator[Case]:
     """Every file of a checkpoint inside a task is damaged: named by ``--resume``, and gone round by ``repair``."""
-    reference, run = bench.reference("saving"), bench.interrupted("saving", EVALUATING_STEPS)
+    reference, run = bench.reference("saving"), bench.interrupted("saving", IN_TASK)
     for name, what, done in damaged_files(run, seed):
-        if name.startswith("checkpoints/"):
+        if name.startswith("checkpoints/02-last/checkpoint-"):
             yield Case(f"saving: {name} {what}", _damaged_checkpoint(run, name, done, reference))
-
-
-EVALUATING_STEPS = "checkpoints/02-last/checkpoint-6"
 
 
 def _damaged_checkpoint(run: Path, name: str, done: Any, reference: Path) -> Callable[[Path], Outcome]:
     def act(folder: Path) -> Outcome:
         ours = copied(run, folder, "saving")
-        before = _checksums(ours)
+        before = sums_of_files(ours)
         done(ours / name)
         end = start(folder / "recipe.yaml", "--resume")
         resumed = ended_alike(end, ours, reference, Path(name).name)
         if end.code == 0 or resumed.kind in BAD:
             return resumed
-        return worst([resumed, _repaired(ours, name, before, reference, at_once=False)])
+        return worst([resumed, repaired(ours, name, before, reference, at_once=False)])
 
     return act
 
@@ -331,7 +328,7 @@ def _damaged_checkpoint(run: Path, name: str, done: Any, reference: Path) -> Cal
 
 def repair(bench: Bench, seed: int) -> Iterator[Case]:
     """A damaged run is repaired: nothing whole is lost, and it goes on to the same end."""
-    for variant, run in _stored_runs(bench):
+    for variant, run in stored_runs(bench):
         reference = bench.reference(variant)
         for name, what, done in damaged_files(run, seed):
             if name != ".lock":
@@ -344,37 +341,49 @@ def _damaged_and_repaired(
 ) -> Callable[[Path], Outcome]:
     def act(folder: Path) -> Outcome:
         ours = copied(run, folder, variant)
-        before = _checksums(ours)
+        before = sums_of_files(ours)
         done(ours / name)
-        return _repaired(ours, name, before, reference, at_once)
+        return repaired(ours, name, before, reference, at_once)
 
     return act
 
 
-def _checksums(run: Path) -> Counter[str]:
+def sums_of_files(run: Path) -> Counter[str]:
     files = (path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "manifest.json"))
     return Counter(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
 
 
-def _repaired(ours: Path, name: str, before: Counter[str], reference: Path, at_once: bool) -> Outcome:
+def repaired(ours: Path, name: str, before: Counter[str], reference: Path, at_once: bool) -> Outcome:
     """``at_once``: by ``run --repair``, where ``repair`` and ``run --resume`` are two commands."""
-    recipe, whole = ours.parent / "recipe.yaml", before & _checksums(ours)
+    recipe, whole = ours.parent / "recipe.yaml", before & sums_of_files(ours)
     if not at_once:
         end = command("repair", ours)
         if end.code != 0:
             return Outcome(TRACEBACK, f"repair: {end}")
-        lost = whole - _checksums(ours)
+        lost = whole - sums_of_files(ours)
         if lost:
             return Outcome(DIFFERENT, f"repair lost {sum(lost.values())} files that were whole: {end.out}")
     end = start(recipe, "--repair" if at_once else "--resume")
-    for aside in ours.glob("damaged-*"):
-        shutil.rmtree(aside)
-    found = ended_alike(end, ours, reference, name)
-    lasting = [name] if name.startswith("predictions/") or name == "metrics.jsonl" else []
-    if found.kind == DIFFERENT and found.detail.endswith(f": {', '.join(lasting)}") and lasting:
-        # Answers of a model that later tasks have changed, and the losses of steps, cannot be had again.
-        return Outcome(IDENTICAL)
-    return found
+    return came_to_the_same(ours, reference, name) if end.code == 0 else ended_alike(end, ours, reference, name)
+
+
+def came_to_the_same(ours: Path, reference: Path, *names: str) -> Outcome:
+    """Whether a repaired run has ended as the ``reference``, but for what cannot be had again where it was among the
+    damaged ``names``: answers of a model that later tasks have changed, the losses of steps, and their figures."""
+    found = {name: text for name, text in contents(ours).items() if not name.startswith("damaged-")}
+    wanted = contents(reference)
+    other = {name for name in {*found, *wanted} if found.get(name) != wanted.get(name)}
+    other -= {name for name in other if any(_is_of(name, damaged) for damaged in names)}
+    if other:
+        return Outcome(DIFFERENT, f"repaired: other files than the reference: {', '.join(sorted(other)[:8])}")
+    verified = command("inspect", ours, "--verify")
+    return Outcome(IDENTICAL) if verified.code == 0 else Outcome(DIFFERENT, f"repaired, does not verify: {verified}")
+
+
+def _is_of(name: str, damaged: str) -> bool:
+    below = name == damaged or name.startswith(f"{damaged}/")
+    drawn_from = damaged in ("metrics.jsonl", "predictions") and name.startswith("figures/")
+    return drawn_from or (below and name.startswith(("predictions/", "metrics.jsonl", "figures/")))
 
 
 # Signals ------------------------------------------------------------------------------------------------------------
