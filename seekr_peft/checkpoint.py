@@ -10,6 +10,7 @@ logged yet) and transformers' ``trainer_state.json``.
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from torch import Tensor
 from .errors import ConfigError, RunError, shown
 from .files import save_tensors, write_json
 from .manifest import MANIFEST_FILE, folder_damages, read_manifest
+
+logger = logging.getLogger("seekr_peft")
 
 ADAPTER = "adapter"
 TRAINER_STATE = "trainer_state.json"
@@ -50,10 +53,20 @@ def latest_checkpoint(folder: Path, made_from: dict[str, Any]) -> Path | None:
         RunError: It is damaged.
     """
     for path in reversed(checkpoints_in(folder)):
-        check_whole(path)
-        if _other_task(read_manifest(path)["made_from"], made_from) is None:
+        if not (path / MANIFEST_FILE).exists() and not (path / ADAPTER).is_dir():
+            logger.warning("%s is passed over: it is no checkpoint of a ContinualTrainer.", path)
+        elif _is_of(path, made_from):
+            check_whole(path)
             return path
     return None
+
+
+def _is_of(path: Path, made_from: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of the task in progress; one that cannot be read may be."""
+    try:
+        return _other_task(read_manifest(path)["made_from"], made_from) is None
+    except RunError:
+        return True
 
 
 def check_whole(folder: Path) -> None:
@@ -88,7 +101,10 @@ def _other_task(found: dict[str, Any], made_from: dict[str, Any]) -> str | None:
         return f"is of task {found.get('task')!r}, and {made_from['task']!r} is being trained"
     if found.get("earlier") != made_from["earlier"]:
         return "was made after other earlier tasks"
-    return "was made over another base model" if found.get("base") != made_from["base"] else None
+    for key, words in (("base", "over another base model"), ("recipe", "by another recipe"), ("data", "of other data")):
+        if key in made_from and found.get(key) != made_from[key]:
+            return f"was made {words}"
+    return None
 
 
 def save_training(folder: Path, state: dict[str, Any]) -> None:

@@ -44,6 +44,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it; after a kill in between it has gone by its name."""
+    hidden = partial_path(path)
+    shutil.rmtree(hidden, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """The same for a folder: what is there is removed once the new one is complete."""

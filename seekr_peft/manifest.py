@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ _SEAL = "checksum"
 
 def advice(directory: Path) -> str:
     """What to do about a damaged file of ``directory``."""
-    return f"put that file back, or go on from the last undamaged task: seekr-peft repair {directory}"
+    return f"put that file back, or go on from the last undamaged task: seekr-peft repair {shlex.quote(str(directory))}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,14 @@ class Ledger:
             return {}, {}
         document = _read_sealed(self.directory, self.path, ("files", "announced"))
         return document["files"], document["announced"]
+
+    def is_own(self) -> bool:
+        """Whether the file is there and is this package's, damaged or not."""
+        try:
+            document = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(document, dict) and {"files", "announced", _SEAL} <= document.keys()
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
@@ -207,6 +216,12 @@ class StoredFiles:
             return
         for folder, manifest_sum in folders:
             yield from folder_damages(folder, manifest_sum)
+
+    def listed(self) -> list[Path]:
+        """Every file that a manifest lists, whether it is there or not."""
+        files, announced = Ledger(self.directory).read()
+        own = [self.directory / name for name in {**files, **announced}]
+        return own + [folder / name for folder, _ in self.task_folders() for name in read_manifest(folder)["files"]]
 
     def n_files(self) -> int:
         """How many files are listed, manifests among them."""

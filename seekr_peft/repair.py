@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,11 @@ from .manifest import (
     folder_damages,
     growing,
     read_manifest,
+    task_folder,
     task_number,
 )
 from .paths import given_path
+from .yaml_text import YamlTextError, read_yaml
 
 ALL_TASKS = "all_tasks"
 """Name of the one training of all tasks, where a method trains them so."""
@@ -66,7 +69,7 @@ class Repair:
         recipe = directory / "recipe.yaml"
         if (directory / "environment.json").exists() or recipe.exists():
             path = recipe if recipe.exists() else "RECIPE"
-            yield f"it goes on {after}: seekr-peft run {path} --resume"
+            yield f"it goes on {after}: seekr-peft run {shlex.quote(str(path))} --resume"
         else:
             yield f"it goes on {after}: from_pretrained(model, {str(directory)!r})"
 
@@ -85,6 +88,7 @@ def repair(directory: str | Path) -> Repair:
     directory = given_path(directory, "the run directory")
     if not directory.is_dir():
         raise RunError(f"{directory} is no folder; give the output_dir of a run, or what save_pretrained wrote.")
+    _check_has_manifests(directory)
     lock = FileLock(directory / ".lock", timeout=0)
     try:
         with lock:
@@ -93,6 +97,15 @@ def repair(directory: str | Path) -> Repair:
         raise RunInUseError(f"{directory} is in use by another process; wait for it.") from None
     except OSError as error:
         raise RunError(f"{error.filename or directory} cannot be changed ({error.strerror}).") from error
+
+
+def _check_has_manifests(directory: Path) -> None:
+    paths = (directory / MANIFEST_FILE, *directory.glob(f"{TASKS_DIRECTORY}/*/{MANIFEST_FILE}"))
+    known = directory / METHOD_FILE
+    if not any(path.exists() or path.is_symlink() for path in paths) and not (
+        known.is_file() and "manifests" in known.read_text(encoding="utf-8", errors="replace")
+    ):
+        raise RunError(f"{directory} has no {MANIFEST_FILE}, so nothing in it can be checked; give a run directory.")
 
 
 def verify(directory: str | Path) -> str:
@@ -107,10 +120,8 @@ def verify(directory: str | Path) -> str:
         what = "1 file is" if len(damages) == 1 else f"{len(damages)} files are"
         lines = [f"{directory}: {what} damaged; {advice(directory)}.", *map(str, damages)]
         raise RunError("\n".join(lines))
-    n_files = StoredFiles(directory).n_files() if directory.is_dir() else 0
-    if not n_files:
-        raise RunError(f"{directory} has no {MANIFEST_FILE}, so nothing in it can be checked; give a run directory.")
-    return f"{directory}: all {n_files} files are what was written."
+    _check_has_manifests(directory)
+    return f"{directory}: all {StoredFiles(directory).n_files()} files are what was written."
 
 
 def _repair(directory: Path) -> Repair:
@@ -130,11 +141,13 @@ def _repair(directory: Path) -> Repair:
     stale = {*_STATE, *(_OF_ALL_TASKS if shortened else ())} - new.keys()
     leaving = [
         *(directory / TASKS_DIRECTORY / name for name in sorted(all_folders - {folder.name for folder in folders})),
-        *(path for path in _numbered(directory / "predictions") if task_number(path.name) > evaluated),
+        *(path for path in _numbered(directory / "predictions") if task_number(path.name) > run.n_seen(evaluated)),
         *_stale_checkpoints(directory, bad, len(folders), shortened),
         *(directory / name for name in _run_files(directory) if name in stale or directory / name in bad),
         *(directory / name for name, text in new.items() if _differs(directory / name, text)),
         *([] if keeps_adapter else [directory / "adapter"]),
+        # Of tasks that are gone, what is in their place.
+        *(path for path in bad if directory / TASKS_DIRECTORY in path.parents and not path.exists()),
     ]
     aside = _Aside(directory)
     if directory / MANIFEST_FILE in bad:
@@ -164,10 +177,29 @@ def _listed(directory: Path, new: dict[str, str], leaving: list[Path]) -> dict[s
 
 def all_damages(directory: Path) -> Iterator[Damage]:
     """Every damaged file of a directory, those of its checkpoints too."""
-    yield from StoredFiles(directory).damages()
+    found = list(StoredFiles(directory).damages())
+    yield from found
+    # Where the list itself was lost, what cannot be read at all is damaged.
+    yield from (damage for damage in _unreadable(directory) if damage.path not in {each.path for each in found})
     for folder in sorted((directory / "checkpoints").glob("*")):
         for checkpoint in checkpoints_in(folder):
             yield from folder_damages(checkpoint)
+
+
+def _unreadable(directory: Path) -> Iterator[Damage]:
+    for name in ("tasks.json", "state.json", "costs.json", "general.json", "environment.json", JSON_NAME, METHOD_FILE):
+        path = directory / name
+        try:
+            if path.exists():
+                json.loads(_text(path))
+        except (DataError, ValueError, RecursionError) as error:
+            yield Damage(path, f"cannot be read ({' '.join(str(error).split())[:100]})")
+    path = directory / "recipe.yaml"
+    try:
+        if path.exists():
+            read_yaml(path)
+    except (YamlTextError, OSError) as error:
+        yield Damage(path, f"cannot be read ({' '.join(str(error).split())[:100]})")
 
 
 class _Run:
@@ -197,6 +229,10 @@ class _Run:
         if self.is_joint():
             return int(self._is_complete(len(names)))
         return next((count for count in range(len(names)) if not self._is_complete(count + 1)), len(names))
+
+    def n_seen(self, evaluated: int) -> int:
+        """How many tasks were seen by the end of the first ``evaluated`` trainings."""
+        return len(self.names()) if self.is_joint() and evaluated else evaluated
 
     def _is_complete(self, n_tasks: int) -> bool:
         """Whether there is a score of each of the first ``n_tasks`` tasks after the last of them."""
@@ -246,8 +282,9 @@ def _whole_tasks(directory: Path, bad: set[Path]) -> tuple[list[Path], dict[str,
             break
         if next(folder_damages(folder), None) is not None:
             break
-        made_from = read_manifest(folder)["made_from"]
-        if made_from["earlier"] != sums:
+        manifest = read_manifest(folder)
+        made_from = manifest["made_from"]
+        if made_from["earlier"] != sums or folder.name != task_folder(directory, number - 1, manifest["task"]).name:
             break
         state = made_from["method"]
         folders.append(folder)
@@ -265,7 +302,7 @@ def _new_state(run: _Run, state: dict[str, Any], folders: list[Path], evaluated:
     if run.matrix is None or not evaluated:
         return new
     everything = run.matrix.task_names
-    finished = len(everything) if run.is_joint() else evaluated
+    finished = run.n_seen(evaluated)
     kept = AccuracyMatrix(everything)
     for after in everything[-1:] if run.is_joint() else everything[:evaluated]:
         for on in everything:
@@ -339,6 +376,10 @@ class _Aside:
         self.folder.mkdir()
 
     def move(self, path: Path) -> None:
+        if not path.exists() and not path.is_symlink():
+            # What it should lie in may be a link to nowhere, or a file.
+            inside = [parent for parent in path.parents if self._directory in parent.parents]
+            path = next((parent for parent in inside if parent.is_symlink() or parent.is_file()), path)
         if path.exists() or path.is_symlink():
             target = self.folder / path.relative_to(self._directory)
             target.parent.mkdir(parents=True, exist_ok=True)

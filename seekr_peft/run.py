@@ -15,6 +15,7 @@ import logging
 import math
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -39,7 +40,7 @@ from .devices import check_one_device
 from .errors import ConfigError, RunError, RunInUseError, SeekrError, cut, shown
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room, warn_of_unreachable
-from .files import write_text
+from .files import remove_folder, write_text
 from .manifest import MANIFEST_FILE, Ledger, StoredFiles, read_manifest
 from .manifest import METHOD_FILE as METHOD_STATE_FILE
 from .methods import ContinualMethod, get_method
@@ -119,6 +120,8 @@ def run_recipe(
     check_one_device()
     with listening() as stop:
         recipe = load_recipe(source, overrides)
+        if resume:
+            recipe = _in_its_own_folder(recipe, source, overrides)
         directory = Path(recipe.output_dir)
         if resume != "auto":
             _check_directory(directory, recipe, resume)
@@ -222,7 +225,10 @@ class _Run:
             method.restore([stage.name for stage in stages[:trained]])
             self.progress.say(f"resuming after task {stages[trained - 1].name} ({trained} of {len(stages)} trained)")
         _drop_checkpoints(self.directory / CHECKPOINTS, trained)
-        going_on = self._checkpoint(method, stages[trained].name) if trained < len(stages) else None
+        going_on = None
+        if trained < len(stages):
+            stage = stages[trained]
+            going_on = self._checkpoint(method, stage.name, [task.name for task in stage.trained])
         _cut_metrics(self.directory / METRICS_FILE, trained, 0 if going_on is None else _step_of(going_on))
         self._read_costs(stages[:trained], method)
         matrix = AccuracyMatrix.load(self.directory) if finished else AccuracyMatrix(names)
@@ -257,10 +263,16 @@ class _Run:
         rounded = None if seconds is None else round(seconds, 1)
         self.ledger.write_json(ENVIRONMENT_FILE, {**_environment(), "base": self.base, "seconds": rounded})
 
-    def _checkpoint(self, method: ContinualMethod, name: str) -> Path | None:
-        """Where the training of task ``name``, the next one, was stopped; None where it begins."""
+    def _made_from(self, names: list[str]) -> dict[str, Any]:
+        """What a training of the tasks ``names`` is made from beside the base and the earlier ones."""
+        data = {name: self.fingerprints[name] for name in names}
+        return {"recipe": recipe_fingerprint(self.recipe), "data": data}
+
+    def _checkpoint(self, method: ContinualMethod, name: str, names: list[str]) -> Path | None:
+        """Where the training ``name``, the next one, of the tasks ``names`` was stopped; None where it begins."""
         folder = self._checkpoints(len(method.task_names), name)
-        found = latest_checkpoint(folder, {**method.task_made_from(), "task": name})
+        made_from = {**method.task_made_from(), **self._made_from(names), "task": name}
+        found = latest_checkpoint(folder, made_from)
         if found is not None:
             self.progress.say(f"going on with task {name} after step {_step_of(found)}")
         return found
@@ -278,8 +290,7 @@ class _Run:
         dataset, arguments = self._training_data(tasks, index)
         arguments.output_dir = str(self._checkpoints(index, name))
         cost = TaskCost(name)
-        data = {task.name: self.fingerprints[task.name] for task in tasks}
-        method.made_from = {"recipe": recipe_fingerprint(self.recipe), "data": data}
+        method.made_from = self._made_from([task.name for task in tasks])
         with seconds_into(cost, "other_seconds"), method.task(name, replay_from=dataset):
             trainer = _trainer(method, arguments, dataset, [reporter, meter, _StopCallback(self.stop)])
             try:
@@ -287,6 +298,8 @@ class _Run:
                     trainer.train(resume_from_checkpoint=checkpoint)
                     self.stop.check()
             except Exception as error:
+                # A signal to the whole group of processes ends the workers that load samples, too.
+                self.stop.check()
                 if not _is_of_a_setting(error):
                     raise
                 raise ConfigError(f"training: {_in_one_line(error)}") from error
@@ -298,7 +311,7 @@ class _Run:
         self.costs.append(cost)
         self.ledger.note_growing(METRICS_FILE)
         self._write_costs()
-        shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
+        remove_folder(self.directory / CHECKPOINTS)
         n_cut = sum(task.cut or 0 for task in tasks)
         cut = f", {n_cut} prompts shortened" if n_cut else ""
         self.progress.say(
@@ -497,8 +510,7 @@ def recipe_difference(path: Path, recipe: Recipe) -> str:
         old, new = stored_recipe(path).to_dict(), recipe.to_dict()
     except ConfigError as error:
         raise RunError(f"{error}; delete the folder {path.parent} to run it again.") from error
-    # Which other runs it is compared with is no part of a run.
-    return _difference({**old, "compare": None}, {**new, "compare": None})
+    return _difference(_that_matter(old), _that_matter(new))
 
 
 def _summarise(directory: Path, matrix: AccuracyMatrix, report: Path | None, progress: RunProgress) -> None:
@@ -529,8 +541,24 @@ def _read_facts(path: Path) -> list[dict[str, Any]]:
 
 def recipe_fingerprint(recipe: Recipe) -> str:
     """SHA-256 of all that a recipe says about a run but for where it is written."""
-    settings = {**recipe.to_dict(), "compare": None, "output_dir": None}
+    settings = _that_matter(recipe.to_dict())
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _in_its_own_folder(recipe: Recipe, source: Any, overrides: Sequence[str]) -> Recipe:
+    """``recipe`` of the run that the file ``source`` lies in, which may have been moved since it was written."""
+    if not isinstance(source, str | Path) or Path(source).name != RECIPE_FILE:
+        return recipe
+    folder = Path(source).parent
+    said = any(override.partition("=")[0].strip() == "output_dir" for override in overrides)
+    return recipe if said or not Ledger(folder).is_own() else recipe.model_copy(update={"output_dir": str(folder)})
+
+
+def _that_matter(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what changes nothing in a run: where it is written, which other runs it is compared with, and
+    how often a checkpoint is kept."""
+    training = {key: value for key, value in recipe["training"].items() if not key.startswith("save_")}
+    return {**recipe, "training": training, "compare": None, "output_dir": None}
 
 
 class _StopCallback(TrainerCallback):
@@ -552,14 +580,18 @@ def _drop_checkpoints(folder: Path, trained: int | None) -> None:
     """Delete what is left of tasks that are trained by now, all but those of the ``trained``-th task (from 0)."""
     for path in folder.iterdir() if folder.is_dir() else []:
         if trained is None or not path.name.startswith(f"{trained + 1:02d}-"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
     with suppress(OSError):
+        for path in folder.glob(".*.partial"):
+            shutil.rmtree(path)
         folder.rmdir()
 
 
 def _is_passing(entry: Path) -> bool:
-    """Whether a kill may have left ``entry`` of a file that was being written, or it is the lock."""
-    return entry.name == ".lock" or (entry.name.startswith(".") and entry.name.endswith(".partial"))
+    """Whether ``entry`` is the lock, what a kill may have left of a file that was being written, or what ``repair`` has
+    put aside."""
+    partial = entry.name.startswith(".") and entry.name.endswith(".partial")
+    return partial or entry.name == ".lock" or entry.name.startswith("damaged-")
 
 
 @contextmanager
@@ -569,7 +601,7 @@ def _saying_how_to_go_on(directory: Path) -> Any:
     except RunStopped as stop:
         path = directory / RECIPE_FILE
         if path.is_file():
-            stop.go_on_with(f"go on with: seekr-peft run {path} --resume")
+            stop.go_on_with(f"go on with: seekr-peft run {shlex.quote(str(path))} --resume")
         raise
 
 
@@ -621,7 +653,8 @@ def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
     if not resume:
         names = {entry.name for entry in entries}
         begun = any(checkpoints_in(folder) for folder in (directory / CHECKPOINTS).glob("*"))
-        if not begun and (names <= {MANIFEST_FILE} or {RECIPE_FILE, MANIFEST_FILE} <= names <= _BEFORE_TRAINING):
+        own = not names or Ledger(directory).is_own() or {RECIPE_FILE, ENVIRONMENT_FILE} <= names
+        if not begun and own and names <= _BEFORE_TRAINING:
             # A run that ended before its first task was trained; anything else may be somebody's own files.
             return
         if path.is_file():
@@ -633,7 +666,7 @@ def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:
                 f"{directory} is not empty and holds no run ({entries[0].name} is there); choose another output_dir."
             )
         return
-    if not path.is_file() and not _has_trained(directory):
+    if not path.is_file() and not _has_trained(directory) and not Ledger(directory).is_own():
         raise RunError(f"{directory} holds no run to resume (no {RECIPE_FILE}); start it without --resume.")
     changed = recipe_difference(path, recipe) if path.is_file() else _recipe_of_tasks_differs(directory, recipe)
     if changed:

@@ -6,6 +6,10 @@ Thin on purpose: the mixin decides only *when* the method's replay loss joins, s
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import logging
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +20,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from .checkpoint import (
     ADAPTER,
@@ -31,8 +35,8 @@ from .checkpoint import (
 )
 from .devices import check_one_gpu, check_one_process
 from .divergence import Moment
-from .errors import AdapterError, ConfigError, DataError, DivergenceError
-from .files import replacing_folder
+from .errors import AdapterError, ConfigError, DataError, DivergenceError, RunError
+from .files import remove_folder, replacing_folder
 from .forward import input_names, pad_token_id
 from .inputs import CARRIED, check_batch, check_data_set, check_rows, check_sample
 from .losses import IGNORED
@@ -41,21 +45,19 @@ from .methods import ContinualMethod
 from .model_kind import embedding_rows
 from .tasks import AnswerCollator
 
-_DECIDES_THE_STEPS = (
-    "max_steps",
-    "num_train_epochs",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "max_grad_norm",
-    "seed",
-    "data_seed",
+logger = logging.getLogger("seekr_peft")
+
+_HARMLESS = re.compile(
+    "output_dir|overwrite_output_dir|logging_.*|log_.*|report_to|run_name|project|trackio_.*|disable_tqdm|save_.*|"
+    "eval_.*|per_device_eval_batch_size|do_.*|load_best_model_at_end|metric_for_best_model|greater_is_better|"
+    "push_to_hub.*|hub_.*|dataloader_num_workers|dataloader_prefetch_factor|dataloader_pin_memory|"
+    "resume_from_checkpoint|restore_callback_states_from_checkpoint|include_.*|skip_memory_metrics|"
+    "torch_empty_cache_steps|prediction_loss_only|batch_eval_metrics|use_cpu|enable_jit_checkpoint|.*_token|"
+    "dataset_num_proc|chat_template_path|model_init_kwargs"
 )
-"""Settings that a training goes on with as it began."""
+"""Settings of TrainingArguments that may be others when a training goes on: they change no number of it."""
+_LOOKED_AT = 64
+"""Samples of a training set that tell it from another one."""
 
 _NOT_LOGGED = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_term_sums", "_term_counts")
 """Of the Trainer (transformers 5.23) and of the mixin: sums of losses since the last log."""
@@ -124,7 +126,14 @@ class ContinualTrainerMixin:
         self._term_counts: dict[str, int] = {}
         self._epoch_began: dict[str, Any] = {}
         """The random numbers' state when the epoch began: the order of its samples is drawn from there."""
+        self._n_passes = 0
+        """Through the training set, by this call of ``train``."""
+        self._samples_digest: str | None = None
         self._goes_on_from: dict[str, Any] | None = None
+        if self.args.dataloader_persistent_workers:  # type: ignore[attr-defined]
+            # They draw from a state that lives in their processes alone, which no checkpoint can hold.
+            self.args.dataloader_persistent_workers = False  # type: ignore[attr-defined]
+            logger.warning("dataloader_persistent_workers is switched off, so that a checkpoint can be gone on with.")
         self.add_callback(_ReplayCallback(self))  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -137,7 +146,8 @@ class ContinualTrainerMixin:
         checkpoint = self._checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         forget_preparation(self.method.model)
         try:
-            self._goes_on_from = None if checkpoint is None else load_training(checkpoint)
+            self._n_passes = 0
+            self._goes_on_from = None if checkpoint is None else self._loaded(checkpoint)
             return super().train(None if checkpoint is None else str(checkpoint), **kwargs)  # type: ignore[misc]
         finally:
             self._goes_on_from = None
@@ -160,13 +170,31 @@ class ContinualTrainerMixin:
         check_made_from(found, made_from)
         return found
 
+    def _loaded(self, checkpoint: Path) -> dict[str, Any]:
+        state = load_training(checkpoint)
+        if self.args.ignore_data_skip:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "ignore_data_skip=True would train on samples again that were trained on before the checkpoint; leave "
+                "it out."
+            )
+        if not hasattr(self.train_dataset, "__len__") and state["n_passes"] > 1:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"the checkpoint {checkpoint} was made in pass {state['n_passes']} through a stream, to which nothing "
+                f"leads back; train the task from its beginning, or from a data set with a length."
+            )
+        return state
+
     def _made_from(self) -> dict[str, Any]:
         """What a checkpoint of this training belongs to."""
-        settings = {name: getattr(self.args, name) for name in _DECIDES_THE_STEPS}  # type: ignore[attr-defined]
-        settings |= {name: getattr(value, "value", value) for name, value in settings.items()}
+        given = self.args.to_dict()  # type: ignore[attr-defined]
+        settings = {name: value for name, value in given.items() if not _HARMLESS.fullmatch(name)}
         dataset = self.train_dataset  # type: ignore[attr-defined]
         settings["samples"] = len(dataset) if hasattr(dataset, "__len__") else None
-        return {**self.method.task_made_from(), "settings": settings}
+        if self._samples_digest is None:
+            self._samples_digest = _digest_of(dataset)
+        settings["digest of samples"] = self._samples_digest
+        # As it comes back from JSON.
+        return {**self.method.task_made_from(), "settings": json.loads(json.dumps(settings, default=str))}
 
     def _leave_the_model_as_it_is_asked(self) -> None:
         """Without what only a training needs, however it ended."""
@@ -262,7 +290,7 @@ class ContinualTrainerMixin:
         self.store_flos()  # type: ignore[attr-defined]
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{state.global_step}"  # type: ignore[attr-defined]
         best = folder.with_name(f"checkpoint-{state.best_global_step}")
-        if state.best_global_step and (best == folder or best.is_dir()):
+        if state.best_global_step and (best == folder or _is_of(best, self._made_from())):
             state.best_model_checkpoint = str(best)
         with replacing_folder(folder) as partial:
             self.method.stack.save_current(partial / ADAPTER)
@@ -273,7 +301,17 @@ class ContinualTrainerMixin:
             write_manifest(partial, str(self.method.current_task), self._made_from())
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))  # type: ignore[attr-defined]
-        rotate_checkpoints(str(folder.parent), args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        self._rotate(folder.parent)
+
+    def _rotate(self, folder: Path) -> None:
+        """Remove the oldest checkpoints beyond ``save_total_limit``, but not the best one."""
+        limit = self.args.save_total_limit  # type: ignore[attr-defined]
+        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        # The best one comes last but one.
+        found = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True, best_model_checkpoint=best)]
+        kept = max(limit or len(found), 1 + (best is not None and Path(best) != found[-1]))
+        for path in found[:-kept]:
+            remove_folder(path)
 
     def _training_state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler  # type: ignore[attr-defined]
@@ -283,6 +321,7 @@ class ContinualTrainerMixin:
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random_state(),
             "epoch_began": self._epoch_began,
+            "n_passes": self._n_passes,
             "place": self.method.place(),
             "not_logged": {name: getattr(self, name) for name in _NOT_LOGGED},
         }
@@ -292,7 +331,8 @@ class ContinualTrainerMixin:
         for name in states:
             found = [each for each in self._stateful() if type(each).__name__ == name]
             kept = [each.state() for each in found]
-            states[name] = kept if isinstance(states[name], list) else kept[0]
+            if kept:
+                states[name] = kept if isinstance(states[name], list) else kept[0]
 
     def _load_callback_state(self) -> None:
         # transformers' own only where it is asked for: early stopping would count its patience anew.
@@ -313,6 +353,7 @@ class ContinualTrainerMixin:
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
         check_whole(best)
+        check_made_from(best, self._made_from())
         self.method.stack.load_current(best / ADAPTER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
@@ -347,7 +388,8 @@ class ContinualTrainerMixin:
             set_random_state(self._goes_on_from["random"])
 
     def _begin_epoch(self) -> None:
-        if self._goes_on_from is not None and not float(self.state.epoch).is_integer():  # type: ignore[attr-defined]
+        first, self._n_passes = self._n_passes == 0, self._n_passes + 1
+        if first and self._goes_on_from is not None and not float(self.state.epoch).is_integer():  # type: ignore[attr-defined]
             set_random_state(self._goes_on_from["epoch_began"])
         self._epoch_began = random_state()
 
@@ -516,6 +558,32 @@ def _check_labelled(dataset: Any) -> None:
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _digest_of(dataset: Any) -> str:
+    """What tells a training set from another one of the same length; "" for a stream, and for one whose samples are
+    others each time."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
+        return ""
+    places = range(0, len(dataset), max(1, len(dataset) // _LOOKED_AT))
+    texts = [str(_plain_sample(dataset[place])) for place in places]
+    if texts[0] != str(_plain_sample(dataset[0])):
+        return ""
+    return hashlib.sha256("\n".join(texts).encode(errors="replace")).hexdigest()[:16]
+
+
+def _plain_sample(sample: Any) -> Any:
+    if not isinstance(sample, Mapping):
+        return type(sample).__name__
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in sorted(sample.items())}
+
+
+def _is_of(checkpoint: Path, made_from: dict[str, Any]) -> bool:
+    try:
+        check_made_from(checkpoint, made_from)
+    except (RunError, ConfigError):
+        return False
+    return True
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -202,3 +202,104 @@ def test_another_recipe_is_refused_where_the_stored_one_was_lost(run: Path) -> N
     changed = small_recipe(run, training={"max_steps": 7})
     with pytest.raises(RunError, match=r"started with another recipe \(task 01-first, by its manifest"):
         run_recipe(changed, resume=True, console=Console(quiet=True), report=False)
+
+
+# Several damages, whole folders, what is in the way -----------------------------------------------------------------
+
+
+def go_on(run: Path, **changes: Any) -> None:
+    run_recipe(small_recipe(run, **changes), resume=True, console=Console(quiet=True), report=False)
+
+
+def test_the_answers_of_tasks_trained_at_once_are_kept(tmp_path: Path) -> None:
+    changes = {"method": {"name": "multitask"}, "n_tasks": 2}
+    run = make(tmp_path / "run", **changes)
+    answers = {path.relative_to(run): path.read_bytes() for path in run.glob("predictions/*/*")}
+    flip(run / "adapter" / "adapter_model.safetensors")
+    assert repair(run).kept == ["all_tasks"]
+    go_on(run, **changes)
+    assert {path.relative_to(run): path.read_bytes() for path in run.glob("predictions/*/*")} == answers
+
+
+@pytest.mark.parametrize("name", ["tasks.json", "state.json", "costs.json", "accuracy_matrix.json", "recipe.yaml"])
+def test_what_cannot_be_read_is_damaged_though_the_list_was_lost(name: str, whole: Path, run: Path) -> None:
+    (run / "manifest.json").unlink()
+    (run / name).write_bytes(b"{")
+    assert run / name in {damage.path for damage in repair(run).damages}
+    go_on(run)
+    assert_same_result_but_for_the_repair(run, whole)
+
+
+def assert_same_result_but_for_the_repair(run: Path, whole: Path) -> None:
+    for aside in run.glob("damaged-*"):
+        shutil.rmtree(aside)
+    assert_same_result(run, whole)
+
+
+def test_a_run_that_has_nothing_left_begins_anew_with_resume(whole: Path, run: Path) -> None:
+    flip(run / "recipe.yaml")
+    flip(run / "tasks" / "01-first" / "memory.json")
+    assert repair(run).kept == []
+    go_on(run)
+    assert_same_result_but_for_the_repair(run, whole)
+
+
+def test_a_folder_of_another_name_is_no_task(whole: Path, run: Path) -> None:
+    (run / "tasks" / "01-first").rename(run / "tasks" / "01-first-old")
+    assert repair(run).kept == []
+    go_on(run)
+    assert_same_result_but_for_the_repair(run, whole)
+
+
+@pytest.mark.parametrize("what", ["a link to nowhere", "a loop", "a file"])
+@pytest.mark.parametrize("name", ["tasks", "predictions", "predictions/02-last", "tasks/02-last", "adapter"])
+def test_what_is_in_the_place_of_a_folder_is_put_aside(name: str, what: str, run: Path) -> None:
+    path = run / name
+    shutil.rmtree(path)
+    if what == "a file":
+        path.write_text("mine")
+    else:
+        path.symlink_to("nowhere" if what == "a link to nowhere" else path)
+    done = repair(run)
+    assert done.aside is not None and (done.aside / name).is_symlink() == (what != "a file")
+    assert not path.is_symlink() and not path.is_file()
+    go_on(run)
+    assert read_json(run / "state.json")["status"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["predictions/02-last", "predictions/03-third/01-first.jsonl", "tasks/01-first"])
+def test_a_report_names_what_is_gone(name: str, run: Path) -> None:
+    from seekr_peft.report import write_report
+
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(RunError, match=name):
+        write_report(run)
+
+
+def test_a_checkpoint_that_was_being_removed_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is gone before its files are."""
+    import seekr_peft.files as files_module
+
+    removed: list[Path] = []
+    remove = shutil.rmtree
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Any, *args: Any, **options: Any) -> None:
+        if Path(path).name.startswith(".checkpoint") and Path(path).exists():
+            removed.append(Path(path))
+            next(iter(Path(path).iterdir())).unlink() if not (Path(path) / "adapter").is_dir() else None
+            raise Killed
+        remove(path, *args, **options)
+
+    training = {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "max_steps": 6, "logging_steps": 4,
+                "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(files_module.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            make(tmp_path / "run", training=training)
+    assert removed
+    assert list(repair(tmp_path / "run").damages) == []
+    go_on(tmp_path / "run", training=training)

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from ..devices import check_one_process
 from ..divergence import Moment, check_adapter
 from ..effect import probe_tokens, unchanged_outputs
 from ..errors import ConfigError, RunError
-from ..files import checksum, partial_path, read_object, replacing_folder
+from ..files import checksum, partial_path, read_object, replacing_folder, scratch_folder
 from ..inputs import check_rows
 from ..losses import ReplayTerms
 from ..manifest import (
@@ -280,13 +280,11 @@ class ContinualMethod:
         target = given_path(directory, "the folder to save into")
         elsewhere = target.resolve() != self.directory.resolve()
         if (target / STATE_FILE).is_file() and elsewhere:
-            there = read_method_state(target)["tasks"]
-            if there != self.task_names[: len(there)]:
-                raise RunError(
-                    f"{target} holds the tasks {', '.join(there)} of another sequence; choose another folder, or "
-                    f"delete it."
-                )
-        target.mkdir(parents=True, exist_ok=True)
+            self._check_same_sequence(target)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{target} cannot be made ({error.strerror}); choose another folder.") from error
         ledger = Ledger(target)
         if elsewhere:
             self._copy_to(ledger)
@@ -316,13 +314,32 @@ class ContinualMethod:
             if next(folder_damages(target, self.manifest_sums[index]), None) is not None:
                 with replacing_folder(target) as temporary:
                     shutil.copytree(source, temporary, dirs_exist_ok=True)
-        for name in files_in(self.directory):
-            parts = Path(name).parts
-            if parts[0] in (TASKS_DIRECTORY, STATE_FILE, MANIFEST_FILE) or any(part[0] == "." for part in parts):
-                continue
+        for name in self._listed():
             (ledger.directory / name).parent.mkdir(parents=True, exist_ok=True)
             with ledger.replacing(name) as temporary:
                 shutil.copyfile(self.directory / name, temporary)
+
+    def _listed(self) -> list[str]:
+        """Names of the files beside ``tasks/`` that were written here, but for those that are written anew."""
+        files, announced = self.ledger.read()
+        names = [name for name in {**files, **announced} if (self.directory / name).is_file()]
+        return [name for name in names if name != STATE_FILE and not name.startswith("adapter/")]
+
+    def _check_same_sequence(self, target: Path) -> None:
+        """RunError where ``target`` holds other tasks than the first ones of this method."""
+        state = read_method_state(target)
+        there, sums = state["tasks"], state.get("manifests")
+        names = ", ".join(map(str, there))
+        if there[: len(self.task_names)] == self.task_names and len(there) > len(self.task_names):
+            raise RunError(
+                f"{target} holds the tasks {names}, more than the {len(self.task_names)} of this method; choose "
+                f"another folder, or delete it."
+            )
+        same = there == self.task_names[: len(there)] and (sums is None or sums == self.manifest_sums[: len(there)])
+        if not same:
+            raise RunError(
+                f"{target} holds the tasks {names} of another sequence; choose another folder, or delete it."
+            )
 
     @classmethod
     def from_pretrained(cls, model: PeftModel, directory: str | Path) -> Any:
@@ -377,8 +394,10 @@ class ContinualMethod:
         if not folders:
             # An earlier version wrote them; what is there now is what is checked from here on.
             self.was_listed = not directories
-            for folder in directories:
-                self._write_manifest(folder, folder.name.partition("-")[2])
+            # A folder that is only read has none.
+            with suppress(OSError):
+                for folder in directories:
+                    self._write_manifest(folder, folder.name.partition("-")[2])
             return
         names = [folder.name for folder, _ in folders]
         if names != [folder.name for folder in directories]:
@@ -390,7 +409,7 @@ class ContinualMethod:
             self.manifest_sums.append(manifest_sum)
 
     def _check_base(self, directories: list[Path]) -> None:
-        for folder in directories:
+        for folder in directories if self.was_listed else []:
             if read_manifest(folder)["made_from"].get("base") != self.base_fingerprint():
                 raise RunError(
                     f"{folder} was trained over another base model than this one (or in another dtype or "
@@ -496,6 +515,18 @@ class ContinualMethod:
         for path in (target.parent, target):
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise RunError(f"{path} is in the way (a link or a file); move it away, the task is written there.")
+        try:
+            with scratch_folder(self._made(target.parent)):
+                pass
+        except OSError as error:
+            raise RunError(
+                f"{target.parent} cannot be written ({error.strerror}), where task {name!r} would be kept; give the "
+                f"method another directory, or mend that."
+            ) from error
+
+    def _made(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -202,8 +202,9 @@ def read_run(run_directory: str | Path) -> RunRecord:
         raise RunError(
             f"{directory} is not a run directory, it has no state.json: give the output_dir of a `seekr-peft run`"
         )
-    headers = [folder / "memory.json" for folder in sorted((directory / "tasks").glob("*")) if folder.is_dir()]
-    StoredFiles(directory).check(*(directory / name for name in _READ), *headers)
+    stored = StoredFiles(directory)
+    stored.check(*(directory / name for name in _READ), directory / "method.json")
+    stored.check(*(path for path in stored.listed() if path.name == "memory.json"))
     tasks, n_finished, status = _read_state(directory / "state.json")
     environment = _read_object(directory / "environment.json", required=False)
     seconds = environment.get("seconds")
@@ -229,9 +230,11 @@ def read_predictions(run: RunRecord, after: int, on: int) -> list[dict[str, Any]
     """The prediction lines of task `on` after training task `after` (0-based); empty when not
     stored.
     """
+    stored, folder = StoredFiles(run.directory), run.directory / "predictions"
+    wanted = [path for path in stored.listed() if path.parent.parent == folder]
+    stored.check(*(path for path in wanted if (_number(path.parent.name), _number(path.name)) == (after, on)))
     for folder in _numbered(run.directory / "predictions", len(run.tasks)).get(after, []):
         for path in _numbered(folder, len(run.tasks)).get(on, []):
-            StoredFiles(run.directory).check(path)
             return _read_lines(path)
     return []
 

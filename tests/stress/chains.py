@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial

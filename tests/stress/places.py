@@ -10,8 +10,20 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from .bench import BAD, DIFFERENT, IDENTICAL, REFUSED, TRACEBACK, UNNAMED, Bench, Outcome, contents, copied, go_on
-from .bench import ended_alike, start
+from .bench import (
+    BAD,
+    DIFFERENT,
+    IDENTICAL,
+    REFUSED,
+    TRACEBACK,
+    UNNAMED,
+    Bench,
+    Outcome,
+    copied,
+    ended_alike,
+    go_on,
+    start,
+)
 from .families import IN_TASK, READINGS, came_to_the_same, damaged_files, read_alike, stored_runs, sums_of_files, worst
 from .frame import Case
 from .process import command
@@ -152,12 +164,17 @@ def mended(ours: Path, whole: Counter[str], reference: Path, original: Path, *na
 _ADDED: dict[str, Change] = {
     ".DS_Store": lambda path: _added(path, b"\0\0\0\1Bud1"),
     "notes.txt": lambda path: _added(path, b"my notes"),
-    "03-third": lambda path: (path.mkdir(), _added(path / "adapter.txt", b"x")) and None,
-    "mine": lambda path: (path.mkdir(), _added(path / "of-mine.txt", b"x")) and None,
+    "03-third": lambda path: _added_folder(path, "adapter.txt"),
+    "mine": lambda path: _added_folder(path, "of-mine.txt"),
     "link": lambda path: path.symlink_to("nowhere"),
     "pipe": os.mkfifo,
     "\u00e9 \u65e5\u672c": lambda path: _added(path, b"x"),
 }  # fmt: skip
+
+
+def _added_folder(path: Path, name: str) -> None:
+    path.mkdir()
+    _added(path / name, b"x")
 
 
 def _added(path: Path, content: bytes) -> None:
