@@ -8,6 +8,7 @@ file that they would read is opened first: JSON, text, the headers of the weight
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -39,9 +40,10 @@ _READ = re.compile(r".*\.(json|safetensors|bin|jinja|txt|model)")
 
 _RUNS_CODE = re.compile(r"(pytorch|adapter)_model.*\.bin(\.index\.json)?")
 _LFS_POINTER = b"version https://git-lfs"
-_COUNTS = re.compile("layer|block|expert|depth")
-_MOST = 100_000
-"""Layers, blocks or experts that no model has, and that a library would make a list of."""
+_COUNTS = re.compile("layer|block|expert|depth|label")
+_MOST, _MOST_IN_A_LIST = 100_000, 10**7
+"""Layers, blocks, experts or labels that no model has, and that a library would make a list of; in a list, as GPT-Neo's
+attention_types, any number may be such a count."""
 
 
 def check_base_files(folder: Path, name: str, use_safetensors: bool = True) -> None:
@@ -67,8 +69,12 @@ def read_configuration(folder: Path, name: str) -> dict[str, Any]:
     where = f"model.name_or_path: the configuration of {name} cannot be read: "
     config = _read_object(folder / CONFIG, where)
     for key, value in _entries(config):
-        if isinstance(value, int) and value > _MOST and _COUNTS.search(key):
-            raise ConfigError(f"{where}{CONFIG} says {key}: {shown(value)}, which no model has; correct it.")
+        if isinstance(value, int) and value > (_MOST if _COUNTS.search(key) else math.inf):
+            raise ConfigError(f"{where}{CONFIG} says {cut(key)}: {shown(value)}, which no model has; correct it.")
+        if isinstance(value, list) and (largest := _largest(value)) > _MOST_IN_A_LIST:
+            raise ConfigError(
+                f"{where}{CONFIG} says {cut(key)} with {shown(largest)} in it, which no model has; correct it."
+            )
     return config
 
 
@@ -90,6 +96,16 @@ def _entries(document: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from value.items()
         left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _largest(document: list[Any]) -> int:
+    """Of the whole numbers in nested lists; those in a mapping have a key of their own."""
+    largest, left = 0, [document]
+    while left:
+        items = left.pop()
+        left += [item for item in items if isinstance(item, list)]
+        largest = max([largest, *(item for item in items if isinstance(item, int))])
+    return largest
 
 
 def _files(folder: Path, where: str) -> list[Path]:
@@ -187,7 +203,7 @@ def weight_files(folder: Path, explicit: str | None = None, where: str = "") -> 
 def _shards(path: Path, where: str) -> list[Path]:
     index = _read_object(path, where)
     shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not shards or not isinstance(index.get("metadata", {}), dict):
+    if not isinstance(shards, dict) or not shards:
         raise ConfigError(f"{where}{path.name} has no weight_map of tensors and their files; put the file back.")
     for file in shards.values():
         if not _is_plain(file, ".safetensors"):
@@ -195,6 +211,9 @@ def _shards(path: Path, where: str) -> list[Path]:
                 f"{where}{path.name} names {shown(file)}, which is no safetensors file of its folder; put the file "
                 f"back."
             )
+    # transformers (5.23) loads none without.
+    if not isinstance(index.get("metadata"), dict):
+        raise ConfigError(f"{where}{path.name} has no metadata; put the file back.")
     return [path.with_name(file) for file in sorted(set(shards.values()))]
 
 

@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto import modeling_auto
 
 from .attention.support import base_transformer, is_encoder
-from .errors import AdapterError, ConfigError, DataError
+from .errors import AdapterError, ConfigError, DataError, shown
 from .forward import pad_token_id
 from .memory import ReplaySample
 from .quantized import scales
@@ -55,6 +55,13 @@ def check_checkpoint(config: Any, name: str, remote_code: bool = False) -> None:
         ConfigError: It is no causal language model of text, would be loaded as another class than its own, or pads
             with a token that it has no embedding for.
     """
+    text = _text_config(config)
+    if not isinstance(text, transformers.PreTrainedConfig):
+        # A family without parts takes one for a plain value.
+        raise ConfigError(
+            f"model.name_or_path: the configuration of {name} cannot be read: it has {shown(text)} in the place of the "
+            f"part about text, which a model of the family {config.model_type} does not have; correct its config.json."
+        )
     architectures = list(getattr(config, "architectures", None) or [])
     own_code = remote_code and _brings_code(config)
     what = f"{name} ({', '.join((f'model_type {config.model_type}', *architectures))})"

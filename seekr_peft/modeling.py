@@ -455,7 +455,7 @@ def check_tokens(tokenizer: Any, rows: int, name: str) -> None:
         (index, token) for token, index in tokenizer.get_vocab().items() if index >= rows and token not in other_senses
     )
     if beyond:
-        tokens = [f"{token!r} is {index}" for index, token in beyond]
+        tokens = [f"{shown(token)} is {index}" for index, token in beyond]
         raise ConfigError(
             f"model.name_or_path: the tokenizer of {name} has token ids beyond the model's {rows} embeddings "
             f"({_first(tokens)}); call model.resize_token_embeddings(len(tokenizer)) and save the model, or take the "

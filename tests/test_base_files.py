@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small_run import small_recipe
 from stress.bases import check_one, mutations
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from seekr_peft.base_files import check_base_files
 from seekr_peft.demo import BASE_PATH
@@ -180,13 +180,14 @@ INDEX = "model.safetensors.index.json"
         ({}, rf"{INDEX} has no weight_map"),
         ({"weight_map": []}, rf"{INDEX} has no weight_map"),
         ({"weight_map": {}}, rf"{INDEX} has no weight_map"),
-        ({"weight_map": {"a": "model.safetensors"}, "metadata": 5}, rf"{INDEX} has no weight_map"),
+        ({"weight_map": {"a": "whole.safetensors"}, "metadata": 5}, rf"{INDEX} has no metadata"),
+        ({"weight_map": {"a": "whole.safetensors"}}, rf"{INDEX} has no metadata"),
         ({"weight_map": {"a": 5}}, rf"{INDEX} names 5, which is no safetensors file of its folder"),
         ({"weight_map": {"a": "../elsewhere.safetensors"}}, r"names '\.\./elsewhere\.safetensors', which is no"),
         ({"weight_map": {"a": "/elsewhere.safetensors"}}, r"names '/elsewhere\.safetensors', which is no"),
         ({"weight_map": {"a": "x" * 300 + ".safetensors"}}, r"names 'xxx.*\.\.\..*, which is no safetensors file"),
         ({"weight_map": {"a": "pytorch_model.bin"}}, r"names 'pytorch_model\.bin', which is no safetensors file"),
-        ({"weight_map": {"a": "gone.safetensors"}}, r"gone\.safetensors is missing"),
+        ({"weight_map": {"a": "gone.safetensors"}, "metadata": {}}, r"gone\.safetensors is missing"),
     ],
 )
 def test_a_damaged_list_of_shards_is_refused_by_name(base: Path, index: Any, message: str) -> None:
@@ -230,6 +231,48 @@ def test_a_configuration_of_a_far_larger_model_is_refused_before_room_is_made(
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     with pytest.raises(ConfigError, match=r"base.*(far larger model|which no model has|cannot be loaded|read)"):
         load_model(recipe_of(base))
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"num_labels": 10**9}, "num_labels: 1000000000"),
+        (
+            {"model_type": "gpt_neo", "attention_types": [[["global", "local"], 10**9]]},
+            "attention_types with 1000000000",
+        ),
+        ({"nested": {"deeper": [{"num_labels": 10**9}]}}, "num_labels: 1000000000"),
+    ],
+    ids=str,
+)
+def test_a_number_that_a_configuration_would_write_a_list_of_is_refused_before_it_is_made(
+    base: Path, values: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the list would be made")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", made)
+    change(base, **values)
+    refused(base, rf"base cannot be read: config\.json says {named}( in it)?, which no model has; correct it")
+
+
+@pytest.mark.parametrize("part", ["bert", {}, {"model_type": "llama"}, [], 5], ids=str)
+def test_a_part_about_text_that_the_family_does_not_have_is_refused(base: Path, part: Any) -> None:
+    change(base, text_config=part)
+    for call in (lambda: estimate_footprint(recipe_of(base), 10), lambda: load_model(recipe_of(base))):
+        with pytest.raises(
+            ConfigError, match=r"base cannot be read: it has .* in the place of the part about text"
+        ) as no:
+            call()
+        assert "\n" not in str(no.value)
+
+
+def test_a_token_beyond_the_embeddings_is_named_in_bounded_length(base: Path) -> None:
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": "x" * 5000}))
+    with pytest.raises(ConfigError, match=r"has token ids beyond the model's 256 embeddings \('xxx") as caught:
+        load_model(recipe_of(base))
+    assert len(str(caught.value)) < 1000
 
 
 WRONG = [None, [], "", "x", -1, 0, 1.5, 10**30, {}, [None], True]
