@@ -25,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+# readable: what cannot be read is told as other errors are, in one line.
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", show_default=False, readable=False)]
 
 
 def _version(value: bool) -> None:

@@ -280,7 +280,7 @@ def test_place_that_cannot_be_written_is_named(three: Path, tmp_path: Path) -> N
 def test_report_and_all_figures_are_written(three: Path) -> None:
     assert {path.stem for path in (three / "figures").iterdir()} == ALL_FIGURES
     assert (three / "report.html").stat().st_size > 50_000
-    assert not list(three.rglob("*.tmp"))
+    assert not list(three.rglob("*.partial"))
 
 
 def test_figures_are_png_files(three: Path) -> None:

@@ -19,8 +19,8 @@ from stress.process import End
 
 # Python from 3.12 on; the forked processes do nothing that needs the threads of other tests.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-FEW = {"kills": 3, "damage": 6, "checkpoint-kills": 2, "checkpoint-damage": 2, "signals": 3, "disk": 2, "rights": 6,
-       "repair": 2}  # fmt: skip
+FEW = {"kills": 2, "damage": 5, "checkpoint-kills": 1, "checkpoint-damage": 1, "signals": 2, "disk": 2, "rights": 5,
+       "repair": 1}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -351,7 +351,8 @@ def write_figures(folder: Path, pictures: dict[str, Picture], names: list[str]) 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name for all: what a kill leaves is replaced by the next page, as with every other file of a run.
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)

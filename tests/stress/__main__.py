@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
         for family, count in options.only:
             counts = tried(family, count, bench, folder / family, options)
             print(counts, flush=True)
-            for text in counts.failed:
-                print(text, file=sys.stderr, flush=True)
             n_failed += len(counts.failed)
     return int(n_failed > 0)
 

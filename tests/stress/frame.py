@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,22 +64,30 @@ def run_cases(family: str, cases: list[tuple[int, Case]], folder: Path, n_worker
         counts.kinds[outcome.kind] += 1
         if outcome.kind in BAD:
             counts.failed.append(f"{outcome.kind}: {case.title}\n    {outcome.detail}\n    again: {repeat} {number}")
+            print(counts.failed[-1], file=sys.stderr, flush=True)
     return counts
 
 
 def _outcomes(cases: list[tuple[int, Case]], folder: Path, n_workers: int) -> Iterator[tuple[int, Case, Outcome]]:
-    waiting, working = list(reversed(cases)), {}
-    while waiting or working:
-        while waiting and len(working) < n_workers:
-            number, case = waiting.pop()
-            place = folder / f"case-{number}"
-            working[_begun(case, place)] = (number, case, place, time.monotonic())
-        for pid, (number, case, place, began) in list(working.items()):
-            if _is_over(pid, began):
-                del working[pid]
-                yield number, case, _told(place)
-                shutil.rmtree(place, ignore_errors=True)
-        time.sleep(0.005)
+    waiting = list(reversed(cases))
+    working: dict[int, tuple[int, Case, Path, float]] = {}
+    try:
+        while waiting or working:
+            while waiting and len(working) < n_workers:
+                number, case = waiting.pop()
+                place = folder / f"case-{number}"
+                working[_begun(case, place)] = (number, case, place, time.monotonic())
+            for pid, (number, case, place, began) in list(working.items()):
+                if _is_over(pid, began):
+                    del working[pid]
+                    yield number, case, _told(place)
+                    shutil.rmtree(place, ignore_errors=True)
+            time.sleep(0.005)
+    finally:
+        for pid in working:
+            # Of a harness that is stopped: its cases are in sessions of their own.
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
 
 def _begun(case: Case, place: Path) -> int:

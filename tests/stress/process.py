@@ -6,6 +6,7 @@ new interpreter takes seconds, and a kill is a kill. ``real`` ones are new inter
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -48,7 +49,7 @@ class End:
         return (self.err.strip().splitlines() or [""])[-1]
 
     def __str__(self) -> str:
-        return f"status {self.code}: {self.err.strip()[-600:]}"
+        return f"status {self.code}: {self.err.strip()[-1500:]}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def forked(
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
         if pid == 0:
-            _be_a_process(call, prepare, out.fileno(), err.fileno())
+            _be_a_process(call, prepare, out.fileno(), err.fileno(), patience)
         return _ended(pid, out, err, sent, patience)
 
 
@@ -159,13 +160,15 @@ def _ended(pid: int, out: Any, err: Any, sent: Signal | None, patience: float) -
     return End(None if hung else os.waitstatus_to_exitcode(status), *texts)
 
 
-def _be_a_process(call: Callable[[], Any], prepare: Callable[[], Any], out: int, err: int) -> None:
+def _be_a_process(call: Callable[[], Any], prepare: Callable[[], Any], out: int, err: int, patience: float) -> None:
     """All of a forked process; it never returns into what forked it."""
     code = 1
     try:
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        # Where it hangs is the last that it says.
+        faulthandler.dump_traceback_later(0.9 * patience, file=2)
         _usual_signals()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         warnings.resetwarnings()
