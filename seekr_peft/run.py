@@ -708,6 +708,8 @@ def _locked(directory: Path) -> Any:
         raise RunInUseError(
             f"{directory} is in use by another process; wait for it, or choose another output_dir."
         ) from None
+    except OSError as error:
+        raise RunError(f"{directory / '.lock'} cannot be locked ({error.strerror or error}); mend that.") from error
     try:
         # The operating system releases it when the process dies.
         yield

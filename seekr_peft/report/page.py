@@ -60,7 +60,7 @@ def write_report(run_directory: str | Path, out: str | Path | None = None) -> Pa
     """
     run = read_run(run_directory)
     path = given_path(out, "the page") if out is not None else run.directory / "report.html"
-    path = path / "report.html" if path.is_dir() else path
+    path = path / "report.html" if out is not None and path.is_dir() else path
     pictures = run_pictures(run)
     html = render(
         "report.html.j2",
