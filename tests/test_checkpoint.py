@@ -395,3 +395,125 @@ def test_a_checkpoint_with_evaluations_and_early_stopping_goes_on(tmp_path: Path
         assert trained.state.global_step == 15, "patience ran out: no evaluation is better by 99"
         results.append((files_of(folder / "method"), Path(trained.state.best_model_checkpoint).name))
     assert results[0] == results[1]
+
+
+# What was found from outside ------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_of_another_task_is_none_of_this_ones(tmp_path: Path) -> None:
+    method = method_in(tmp_path / "method", "sequential")
+    with method.task("first"):
+        trainer(method, arguments(tmp_path / "out", save_steps=2, max_steps=6), FIRST).train()
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_steps": 8}
+    with method.task("second"):
+        made = ContinualTrainer(
+            method=method,
+            args=arguments(tmp_path / "out", max_steps=8, metric_for_best_model="loss", **settings),
+            train_dataset=SECOND,
+            eval_dataset=SECOND[:4],
+        )
+        losses = iter([3.0, 1.0, 2.0, 2.5])
+        made.evaluate = lambda *given, **more: {"eval_loss": next(losses, 9.0)}
+        made._evaluate = lambda *given, **more: made.evaluate()
+        made.train()
+        # Step 4 was the best one and was not saved; checkpoint-4 is the first task's.
+        assert made.state.best_global_step == 4 and made.state.best_model_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"label_smoothing_factor": 0.1}, {"bf16": True}, {"lr_scheduler_kwargs": {"num_cycles": 1}}, {"adam_beta1": 0.5}],
+    ids=str,
+)
+def test_no_setting_that_changes_a_number_may_be_another_one(
+    other: dict[str, Any], tmp_path: Path, stopped_once: Path
+) -> None:
+    shutil.copytree(stopped_once, tmp_path / "copy")
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
+    method = Seekr.from_pretrained(get_peft_model(tiny_llama(), lora), tmp_path / "copy" / "method")
+    (name,) = other
+    for args, data, message in (
+        (other, SECOND, f"was made with {name}="),
+        ({}, [*SECOND[:-1], FIRST[0]], "was made with digest of samples="),
+        ({"ignore_data_skip": True}, SECOND, "ignore_data_skip"),
+    ):
+        with pytest.raises(ConfigError, match=message), method.task("second", data):
+            trainer(method, arguments(tmp_path / "copy" / "out", **args), data).train(resume_from_checkpoint=True)
+    harmless = {"logging_steps": 3, "save_steps": 4, "save_total_limit": 3, "dataloader_num_workers": 0}
+    with method.task("second", SECOND):
+        trainer(method, arguments(tmp_path / "copy" / "out", **harmless), SECOND).train(resume_from_checkpoint=True)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(SECOND)
+
+
+def stream_stopped(folder: Path, stop_after: int | None) -> tuple[Any, Any]:
+    method = method_in(folder / "method", "sequential")
+    args = {"max_steps": 12, "save_steps": 2}
+    if stop_after is not None:
+        with pytest.raises(Killed), method.task("first"):
+            trainer(method, arguments(folder / "out", **args), Stream(), stop_after).train()
+    return method, args
+
+
+def test_a_stream_goes_on_in_its_first_pass(tmp_path: Path) -> None:
+    """Six batches a pass."""
+    results = []
+    for folder, stop in ((tmp_path / "whole", None), (tmp_path / "stopped", 5)):
+        method, args = stream_stopped(folder, stop)
+        with method.task("first"):
+            made = trainer(method, arguments(folder / "out", **args), Stream())
+            made.train(resume_from_checkpoint=stop is not None)
+        results.append(files_of(folder / "method"))
+    assert results[0] == results[1]
+
+
+def test_nothing_leads_back_into_a_later_pass_of_a_stream(tmp_path: Path) -> None:
+    method, args = stream_stopped(tmp_path, 9)
+    with pytest.raises(ConfigError, match="made in pass 2 through a stream"), method.task("first"):
+        trainer(method, arguments(tmp_path / "out", **args), Stream()).train(resume_from_checkpoint=True)
+
+
+def test_a_callback_that_is_left_out_after_the_stop_is_no_error(tmp_path: Path) -> None:
+    method = method_in(tmp_path / "method", "sequential")
+
+    settings = {"eval_dataset": FIRST[:2]}
+    with pytest.raises(Killed), method.task("first"):
+        built = ContinualTrainer(
+            method=method,
+            args=arguments(tmp_path / "out", eval_strategy="steps", eval_steps=5, metric_for_best_model="loss",
+                           load_best_model_at_end=True),
+            train_dataset=FIRST, callbacks=[EarlyStoppingCallback(9)], **settings,
+        )  # fmt: skip
+        step = built.training_step
+
+        def stopping(*given: Any, **more: Any) -> Any:
+            if built.state.global_step == 12:
+                raise Killed
+            return step(*given, **more)
+
+        built.training_step = stopping
+        built.train()
+    with method.task("first"):
+        trainer(method, arguments(tmp_path / "out"), FIRST).train(resume_from_checkpoint=True)
+
+
+def test_workers_that_last_are_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method = method_in(tmp_path / "method", "sequential")
+    args = arguments(tmp_path / "out", dataloader_num_workers=1, dataloader_persistent_workers=True)
+    with method.task("first"):
+        assert not trainer(method, args, FIRST).args.dataloader_persistent_workers
+        with torch.no_grad():
+            next(iter(method.stack.parameters().values())).add_(1)
+    assert "persistent_workers is switched off" in caplog.text
+
+
+def test_checkpoints_of_other_trainers_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method = stopped(tmp_path)
+    (tmp_path / "out" / "checkpoint-900").mkdir()
+    (tmp_path / "out" / "checkpoint-900" / "optimizer.pt").write_bytes(b"x")
+    with method.task("second", SECOND):
+        trainer(method, arguments(tmp_path / "out"), SECOND).train(resume_from_checkpoint=True)
+    assert "checkpoint-900 is passed over" in caplog.text

@@ -783,3 +783,53 @@ def test_a_new_method_does_not_write_over_an_older_ones_tasks(tmp_path: Path) ->
     with pytest.raises(RunError, match=r"holds the tasks first already, .* go on with Seekr\.from_pretrained"):
         do_task(again, "second", SECOND)
     assert Seekr.from_pretrained(fresh_peft(), tmp_path).task_names == ["first"]
+
+
+def test_only_what_the_method_wrote_is_saved(tmp_path: Path) -> None:
+    method = make_method(directory=tmp_path / "own")
+    do_task(method, "first", FIRST)
+    (tmp_path / "own" / "my_data.csv").write_text("x")
+    (tmp_path / "own" / "checkpoint-5").mkdir()
+    (tmp_path / "own" / "checkpoint-5" / "manifest.json").write_text("{}")
+    for _ in range(2):
+        method.save_pretrained(tmp_path / "own" / "final")
+    names = {path.name for path in (tmp_path / "own" / "final").iterdir()}
+    assert names == {"tasks", "adapter", "importance.safetensors", "manifest.json", "method.json"}
+    assert Seekr.from_pretrained(fresh_peft(), tmp_path / "own" / "final").task_names == ["first"]
+
+
+def test_another_sequence_of_the_same_names_is_not_written_over(tmp_path: Path) -> None:
+    one, other = make_method(), make_method()
+    do_task(one, "first", FIRST)
+    do_task(other, "first", SECOND)
+    one.save_pretrained(tmp_path / "out")
+    with pytest.raises(RunError, match="holds the tasks first of another sequence"):
+        other.save_pretrained(tmp_path / "out")
+    do_task(one, "second", SECOND)
+    one.save_pretrained(tmp_path / "out")
+    fewer = Seekr.from_pretrained(fresh_peft(), saved(tmp_path / "fewer"))
+    with pytest.raises(RunError, match="holds the tasks first, second"):
+        fewer.save_pretrained(tmp_path / "out")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match=r"file.* (cannot be made|cannot be used|is)"):
+        one.save_pretrained(tmp_path / "file")
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = make_method(directory=tmp_path / "own")
+    do_task(method, "first", FIRST)
+    mkdir = Path.mkdir
+
+    def read_only(self: Path, *args: Any, **options: Any) -> None:
+        if self.name == ".scratch":
+            raise OSError(30, "Read-only file system", str(self))
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with (
+        pytest.raises(RunError, match=r"tasks cannot be written \(Read-only file system\)"),
+        method.task("second", SECOND),
+    ):
+        raise AssertionError("it was begun")

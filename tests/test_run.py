@@ -669,6 +669,27 @@ def test_a_run_does_not_go_on_with_another_base_or_other_data(
     assert run(recipe, resume=True).matrix.op() >= 0
 
 
+def test_a_run_that_was_moved_goes_on_by_its_own_recipe_and_may_keep_more_checkpoints(
+    tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_after_one_task(tmp_path / "old", monkeypatch)
+    (tmp_path / "old").rename(tmp_path / "my new")
+    path = tmp_path / "my new" / "recipe.yaml"
+    more = ["training.save_strategy=steps", "training.save_steps=2"]
+    result = run_recipe(path, more, resume=True, console=Console(quiet=True), report=False)
+    assert result.directory == tmp_path / "my new" and not (tmp_path / "old").exists()
+    with pytest.raises(RunError, match=r"training\.max_steps was 6, now 7"):
+        run_recipe(path, ["training.max_steps=7"], resume=True, console=Console(quiet=True), report=False)
+
+
+def test_somebodys_manifest_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(RunError, match=r"is not empty and holds no run \(manifest\.json is there\)"):
+        run(small_recipe(tmp_path / "run", n_tasks=1))
+    assert (tmp_path / "run" / "manifest.json").read_text() == '{"name": "a web app"}'
+
+
 def test_one_bit_of_the_base_is_noticed(tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
