@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,6 @@ def _repair(directory: Path) -> Repair:
         *(path for path in _numbered(directory / "predictions") if task_number(path.name) > run.n_seen(evaluated)),
         *_stale_checkpoints(directory, bad, len(folders), shortened),
         *(directory / name for name in _run_files(directory) if name in stale or directory / name in bad),
-        *(directory / name for name, text in new.items() if _differs(directory / name, text)),
         *([] if keeps_adapter else [directory / "adapter"]),
         # Of tasks that are gone, what is in their place.
         *(path for path in bad if directory / TASKS_DIRECTORY in path.parents and not path.exists()),
@@ -157,7 +157,10 @@ def _repair(directory: Path) -> Repair:
     for path in leaving:
         aside.move(path)
     for name, text in new.items():
-        write_text(directory / name, text)
+        # Never missing: a repair that is broken off would take it for lost.
+        if _differs(directory / name, text):
+            aside.copy(directory / name)
+            write_text(directory / name, text)
     return Repair(damages, aside.folder, [folder.name.partition("-")[2] for folder in folders])
 
 
@@ -330,7 +333,8 @@ def _shortened(directory: Path, bad: set[Path], run: _Run, folders: list[Path]) 
     metrics = directory / _METRICS
     if metrics.is_file() and metrics not in bad:
         lines = _text(metrics).splitlines(keepends=True)
-        new[_METRICS] = "".join(line for line in lines if _task_index(line) < len(folders))
+        # The task after them may go on from a checkpoint; the run itself cuts what it will train again.
+        new[_METRICS] = "".join(line for line in lines if _task_index(line) <= len(folders))
     return new
 
 
@@ -367,13 +371,19 @@ def _run_files(directory: Path) -> list[str]:
 
 
 class _Aside:
-    """Moves files and folders into ``damaged-N``, under the names that they had."""
+    """Moves and copies files and folders into ``damaged-N``, under the names that they had."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         taken = {path.name for path in directory.glob(f"{_ASIDE}-*")}
         self.folder = directory / next(name for n in range(1, 10**6) if (name := f"{_ASIDE}-{n}") not in taken)
         self.folder.mkdir()
+
+    def copy(self, path: Path) -> None:
+        if path.is_file():
+            target = self.folder / path.relative_to(self._directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
     def move(self, path: Path) -> None:
         if not path.exists() and not path.is_symlink():
