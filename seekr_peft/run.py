@@ -40,7 +40,7 @@ from .devices import check_one_device
 from .errors import ConfigError, RunError, RunInUseError, SeekrError, cut, shown
 from .evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
 from .evaluation.generation import prompt_room, warn_of_unreachable
-from .files import remove_folder, write_text
+from .files import partial_path, remove_folder, write_text
 from .manifest import MANIFEST_FILE, Ledger, StoredFiles, read_manifest
 from .manifest import METHOD_FILE as METHOD_STATE_FILE
 from .methods import ContinualMethod, get_method
@@ -578,6 +578,8 @@ def _step_of(checkpoint: Path) -> int:
 
 def _drop_checkpoints(folder: Path, trained: int | None) -> None:
     """Delete what is left of tasks that are trained by now, all but those of the ``trained``-th task (from 0)."""
+    # Of a kill while it was being removed.
+    shutil.rmtree(partial_path(folder), ignore_errors=True)
     for path in folder.iterdir() if folder.is_dir() else []:
         if trained is None or not path.name.startswith(f"{trained + 1:02d}-"):
             remove_folder(path)

@@ -114,7 +114,7 @@ def test_a_repair_that_was_killed_is_done_again(run: Path, whole: Path, monkeypa
         pass
 
     move = module._Aside.move
-    for n_moves in range(0, 12, 2):
+    for n_moves in range(5):
         shutil.rmtree(run)
         shutil.copytree(whole, run)
         flip(run / "tasks" / "02-last" / "memory.safetensors")

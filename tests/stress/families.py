@@ -349,7 +349,11 @@ def _damaged_and_repaired(
 
 
 def sums_of_files(run: Path) -> Counter[str]:
-    files = (path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "manifest.json", "environment.json"))
+    files = (
+        path
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in (".lock", "manifest.json", "environment.json")
+    )
     return Counter(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
 
 
