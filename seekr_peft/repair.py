@@ -200,7 +200,7 @@ def _unreadable(directory: Path) -> Iterator[Damage]:
     path = directory / "recipe.yaml"
     try:
         if path.exists():
-            read_yaml(path)
+            read_yaml(path, controls=True)
     except (YamlTextError, OSError) as error:
         yield Damage(path, f"cannot be read ({' '.join(str(error).split())[:100]})")
 

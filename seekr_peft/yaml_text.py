@@ -38,16 +38,19 @@ class YamlTextError(ValueError):
     """What is wrong, as the rest of a sentence that begins with the file's name; one line."""
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, controls: bool = False) -> Any:
     """The plain value in the file ``path``: dictionaries with text as keys, lists, text, numbers, truth values, None.
+
+    Args:
+        controls: Whether a text may hold control characters, as the name of a run's own folder may.
 
     Raises:
         YamlTextError: The file cannot be read (anything but a regular file is never waited for), or is no such YAML.
     """
-    return parse_yaml(_read_text(path))
+    return parse_yaml(_read_text(path), controls)
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, controls: bool = False) -> Any:
     """The plain value that ``text`` stands for, as of ``read_yaml``.
 
     Raises:
@@ -56,7 +59,7 @@ def parse_yaml(text: str) -> Any:
     if len(text) > LARGEST_FILE:
         raise YamlTextError(f"holds {len(text)} characters, more than the {LARGEST_FILE} of the longest recipe.")
     try:
-        return _Loader(text).get_single_data()
+        return _Loader(text, controls).get_single_data()
     except yaml.YAMLError as error:
         raise YamlTextError(f"is not YAML: {cut(_one_line(error))}") from error
 
@@ -105,8 +108,9 @@ class _Loader(yaml.SafeLoader):
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, controls: bool) -> None:
         super().__init__(text)
+        self._controls = controls
         self._depth = self._nodes = 0
         self._sizes: dict[str, int | None] = {}
 
@@ -143,7 +147,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_scalar_node(anchor)
         if node.tag in (_INT, _FLOAT) and len(node.value) > LONGEST_NUMBER:
             raise _refused(node, f"a number has more than {LONGEST_NUMBER} characters")
-        if UNSAFE.search(node.value):
+        if not self._controls and UNSAFE.search(node.value):
             raise _refused(node, f"the text {shown(node.value, 60)} holds control characters; leave them out")
         return node
 

@@ -361,7 +361,7 @@ def test_tasks_of_several_formats_are_compared(tmp_path: Path) -> None:
 
 def test_an_output_dir_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match=r"output_dir .*file cannot be made"):
+    with pytest.raises(ConfigError, match=r"output_dir: .*file.* cannot be used \(Not a directory\)"):
         quietly(recipe(tmp_path / "file"))
 
 

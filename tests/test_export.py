@@ -55,7 +55,7 @@ def test_a_target_that_is_or_lies_under_a_file_is_refused(finished: Path, tmp_pa
     file.write_text("mine")
     with pytest.raises(RunError, match="is not empty"):
         export_adapter(finished, file)
-    with pytest.raises(RunError, match="cannot be made"):
+    with pytest.raises(RunError, match=r"cannot be (made|used)"):
         export_adapter(finished, file / "out")
     assert file.read_text() == "mine"
 

@@ -437,7 +437,7 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     path.write_text("mine")
     with pytest.raises(RunError, match="is a file; choose another folder"):
         run(small_recipe(path))
-    with pytest.raises(RunError, match="cannot be made"):
+    with pytest.raises(ConfigError, match=r"output_dir: .* cannot be used \(Not a directory\)"):
         run(small_recipe(path / "run"))
     assert path.read_text() == "mine"
 

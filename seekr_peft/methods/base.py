@@ -516,7 +516,8 @@ class ContinualMethod:
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise RunError(f"{path} is in the way (a link or a file); move it away, the task is written there.")
         try:
-            with scratch_folder(self._made(target.parent)):
+            # Its own folder is only made with the first task.
+            with scratch_folder(target.parent if target.parent.is_dir() else self._made(self.directory)):
                 pass
         except OSError as error:
             raise RunError(

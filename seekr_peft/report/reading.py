@@ -295,7 +295,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return _as_mapping(read_yaml(path))
+        return _as_mapping(read_yaml(path, controls=True))
     except YamlTextError as error:
         raise RunError(f"{path} {str(error).rstrip('.')}; correct it or remove it.") from error
 
