@@ -215,6 +215,7 @@ def test_broken_metrics_line_is_named_with_its_number(tmp_path: Path) -> None:
         ("a: &a [*a]", "the alias *a stands for something that holds it"),
         ("[" * 100_000, "more than 20 levels"),
         ("seed: 1\nseed: 2", "the key seed is given twice, in line 1 and in line 2"),
+    ],
     ids=lambda text: text[:20],
 )
 def test_broken_recipe_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
