@@ -274,6 +274,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(name: str, damage: str, tmp_pat
     method = Seekr.from_pretrained(get_peft_model(tiny_llama(), lora), tmp_path / "copy" / "method")
     with pytest.raises(RunError, match=f"checkpoint-10/{name}"), method.task("second", SECOND):
         trainer(method, arguments(tmp_path / "copy" / "out"), SECOND).train(resume_from_checkpoint=True)
+    if damage != "flipped" or name != "training.json":
+        return
     with method.task("second", SECOND):
         made = trainer(method, arguments(tmp_path / "copy" / "out"), SECOND)
         assert made.train(resume_from_checkpoint=tmp_path / "copy" / "out" / "checkpoint-5").global_step == 18
