@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .config import SeekrConfig, unknown_key, unknown_keys
 from .errors import ConfigError, cut, shown
-from .files import write_text
 from .library_settings import lora_settings, training_choices, training_settings
 from .method_names import ADAPTER_MODES, method_names
 from .paths import given_path, path_problem, reason
@@ -249,13 +248,8 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML; a reader sees the whole file or none."""
-    write_text(path, recipe_text(recipe))
-
-
 def stored_recipe(path: Path) -> Recipe:
-    """What ``save_recipe`` wrote; ConfigError when it is no recipe. The folders it names need not be there any more."""
+    """The recipe in a file of ``recipe_text``; ConfigError when it is none. The folders it names may be gone by now."""
     try:
         return _checked(_Copy().of(_read_yaml(path)), _CHECKS_OF_VALUES, [])
     except ConfigError as error:

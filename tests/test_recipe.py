@@ -24,7 +24,7 @@ from seekr_peft.demo.run import demo_recipe
 from seekr_peft.errors import ConfigError
 from seekr_peft.library_settings import Setting, lora_settings, training_choices, training_settings
 from seekr_peft.plain_lora import OFF
-from seekr_peft.recipe import Recipe, general_tests, load_recipe, save_recipe, stored_recipe
+from seekr_peft.recipe import Recipe, general_tests, load_recipe, recipe_text, stored_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 
@@ -409,13 +409,13 @@ def test_the_methods_seed_is_the_recipes_unless_it_has_its_own() -> None:
 
 def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     found = load_recipe(recipe(training={"learning_rate": 1e-4}, tasks={"format": "demo", "epochs": [1, 2, 3, 0.5]}))
-    save_recipe(found, tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe_text(found), encoding="utf-8")
     assert load_recipe(tmp_path / "recipe.yaml") == found
 
 
 def test_an_infinite_number_in_a_variant_is_stored_as_what_it_is(tmp_path: Path) -> None:
     found = load_recipe(recipe(compare={"variants": {"a": {"method.lambda2": math.inf}}}))
-    save_recipe(found, tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe_text(found), encoding="utf-8")
     assert load_recipe(tmp_path / "recipe.yaml") == found
     with pytest.raises(ConfigError, match=r"variant 'a': method\.lambda2 must be a number, got 'Infinity'"):
         plan_comparison(found)
