@@ -29,19 +29,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from seekr_peft.adapters import AdapterStack
 from seekr_peft.attention import head_shape
-from seekr_peft.attention.support import base_transformer
-from seekr_peft.forward import answer_logits, evaluation_mode
+from seekr_peft.attention.models import base_transformer
 from seekr_peft.heads import HeadSelection, normalise_per_layer
 from seekr_peft.losses import label_loss
 from seekr_peft.memory import ReplaySample, choose_samples
 from seekr_peft.methods import get_method
-from seekr_peft.modeling import load_model
-from seekr_peft.recipe import Recipe, load_recipe
+from seekr_peft.methods.head_scores import attention_rows, changes_and_gradients
+from seekr_peft.model.adapter_stack import AdapterStack
+from seekr_peft.model.answers import answer_logits, evaluation_mode
+from seekr_peft.recipe.base_model import load_model
+from seekr_peft.recipe.schema import Recipe, load_recipe
 from seekr_peft.report.figures import OKABE_ITO, report_style, to_png
-from seekr_peft.run import is_finished, load_tasks
-from seekr_peft.scoring import attention_rows, changes_and_gradients
+from seekr_peft.run.runner import is_finished, load_tasks
 
 SCORES = ("forgettability", "sensitivity", "importance", "change on the old samples")
 N_SAMPLES = 40

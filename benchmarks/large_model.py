@@ -28,11 +28,11 @@ from benchmarks.scoring import two_forwards_and_a_backward
 from benchmarks.timing import device_work, median_seconds, peak_bytes
 from benchmarks.whole_task import make_data
 from seekr_peft import Seekr
-from seekr_peft.footprint import estimate_footprint
+from seekr_peft.doctor.estimate import estimate_footprint
 from seekr_peft.memory import ReplayBatch
-from seekr_peft.modeling import compute_dtype
-from seekr_peft.recipe import Recipe, load_recipe
-from seekr_peft.scoring import score_heads
+from seekr_peft.methods.head_scores import score_heads
+from seekr_peft.recipe.base_model import compute_dtype
+from seekr_peft.recipe.schema import Recipe, load_recipe
 
 SAMPLES = 100
 BARE = "two forwards and one backward"

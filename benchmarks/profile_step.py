@@ -35,7 +35,7 @@ from benchmarks.replay_step import (
 from benchmarks.timing import synchronise
 from seekr_peft import AttentionTap
 from seekr_peft.attention import row_kl
-from seekr_peft.forward import answer_logits
+from seekr_peft.model.answers import answer_logits
 
 BASE = "replay + logits"
 

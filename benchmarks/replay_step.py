@@ -26,12 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import device_work, median_seconds, peak_bytes
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
-from seekr_peft.attention.rows import kl_of_rows
-from seekr_peft.forward import answer_logits
+from seekr_peft.attention.row_math import kl_of_rows
 from seekr_peft.losses import combine, label_loss, logits_kl
 from seekr_peft.memory import PackedSignals, ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, draw_queries
-from seekr_peft.peak_memory import PeakMemory
-from seekr_peft.scoring import teach
+from seekr_peft.methods.head_scores import teach
+from seekr_peft.model.answers import answer_logits
+from seekr_peft.model.peak_memory import PeakMemory
 
 QUERIES = 100
 ANSWER_TOKENS = 16

@@ -8,12 +8,12 @@ import torch
 
 from benchmarks.replay_step import build_model, make_sample
 from benchmarks.timing import device_work, median_seconds, peak_bytes
-from seekr_peft.adapters import AdapterStack
-from seekr_peft.attention.support import base_transformer
-from seekr_peft.forward import answer_logits, evaluation_mode, model_device
+from seekr_peft.attention.models import base_transformer
 from seekr_peft.losses import label_loss
 from seekr_peft.memory import ReplaySample
-from seekr_peft.scoring import score_heads
+from seekr_peft.methods.head_scores import score_heads
+from seekr_peft.model.adapter_stack import AdapterStack
+from seekr_peft.model.answers import answer_logits, evaluation_mode, model_device
 
 
 def two_forwards_and_a_backward(stack: AdapterStack, sample: ReplaySample) -> None:

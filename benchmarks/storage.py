@@ -18,13 +18,13 @@ from torch import Tensor
 from benchmarks.replay_step import make_sample
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
 from seekr_peft.attention import TeacherRows
-from seekr_peft.attention.rows import sparse_rows
+from seekr_peft.attention.row_math import sparse_rows
 from seekr_peft.errors import RunError, SeekrError
-from seekr_peft.forward import answer_logits
 from seekr_peft.losses import TeacherDistributions
 from seekr_peft.memory import PackedSignals, TaskMemory, TeacherSignals, draw_queries, estimate_bytes
 from seekr_peft.memory.codec import SparseRows, pack, unpack
 from seekr_peft.memory.storage import GAP_DTYPES
+from seekr_peft.model.answers import answer_logits
 
 HEADS_7B, QUERIES = 128, 100
 
@@ -71,9 +71,9 @@ def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
     """The same by task for what a finished run stored: its own samples, answers and selected heads."""
     from peft import PeftModel
 
-    from seekr_peft.modeling import load_model
-    from seekr_peft.quantized import keep_differentiable
-    from seekr_peft.recipe import load_recipe
+    from seekr_peft.model.bitsandbytes_cpu import keep_differentiable
+    from seekr_peft.recipe.base_model import load_model
+    from seekr_peft.recipe.schema import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
     folders = sorted((run / "tasks").iterdir())

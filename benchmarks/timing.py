@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from seekr_peft.peak_memory import PeakMemory
+from seekr_peft.model.peak_memory import PeakMemory
 
 Steps = Mapping[str, Callable[[], object]]
 

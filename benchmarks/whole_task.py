@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from benchmarks.replay_step import build_model
 from seekr_peft import ContinualTrainer, SeekrConfig
-from seekr_peft.methods import METHODS
+from seekr_peft.methods import get_method
 
 BATCH, SAMPLES = 4, 100
 
@@ -29,7 +29,7 @@ def seconds_of_second_task(method_name: str, length: int, every: int, device: st
     config = SeekrConfig(replay_every=every, teacher_loss_limit=1e9, teacher_entropy_limit=1e9)
     with TemporaryDirectory() as folder:
         model = build_model(length, "sdpa", device)
-        method = METHODS[method_name](model, config, directory=folder)
+        method = get_method(method_name)(model, config, directory=folder)
         train_task(method, "first", make_data(length, 1), folder, 1, device)
         second = make_data(length, 2)
         started = time.perf_counter()

@@ -13,18 +13,18 @@ _HOMES = {
     "HeadSelection": "heads",
     "AttentionTap": "attention",
     "ReplayMemory": "memory",
-    "AdapterStack": "adapters",
+    "AdapterStack": "model.adapter_stack",
     "Seekr": "methods",
     "Replay": "methods",
     "Sequential": "methods",
-    "ContinualTrainer": "trainer",
-    "ContinualTrainerMixin": "trainer",
-    "ContinualSFTTrainer": "sft_trainer",
+    "ContinualTrainer": "training.trainer",
+    "ContinualTrainerMixin": "training.trainer",
+    "ContinualSFTTrainer": "training.sft_trainer",
     "Task": "tasks",
     "AnswerCollator": "tasks",
     "AccuracyMatrix": "evaluation",
-    "run_recipe": "run",
-    "RunStopped": "stopping",
+    "run_recipe": "run.runner",
+    "RunStopped": "training.stopping",
     "SeekrError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -40,7 +40,7 @@ def _star_names() -> list[str]:
     """What ``from seekr_peft import *`` takes: all public names but those of an extra that is not installed."""
     names = [*_HOMES, "__version__"]
     try:
-        importlib.import_module(".sft_trainer", __name__)
+        importlib.import_module(".training.sft_trainer", __name__)
     except (ImportError, RuntimeError):
         # RuntimeError: a TRL that is there and does not go with the installed transformers.
         names.remove("ContinualSFTTrainer")
@@ -62,7 +62,6 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .adapters import AdapterStack as AdapterStack
     from .attention import AttentionTap as AttentionTap
     from .config import SeekrConfig as SeekrConfig
     from .evaluation import AccuracyMatrix as AccuracyMatrix
@@ -71,10 +70,11 @@ if TYPE_CHECKING:
     from .methods import Replay as Replay
     from .methods import Seekr as Seekr
     from .methods import Sequential as Sequential
-    from .run import run_recipe as run_recipe
-    from .sft_trainer import ContinualSFTTrainer as ContinualSFTTrainer
-    from .stopping import RunStopped as RunStopped
+    from .model.adapter_stack import AdapterStack as AdapterStack
+    from .run.runner import run_recipe as run_recipe
     from .tasks import AnswerCollator as AnswerCollator
     from .tasks import Task as Task
-    from .trainer import ContinualTrainer as ContinualTrainer
-    from .trainer import ContinualTrainerMixin as ContinualTrainerMixin
+    from .training.sft_trainer import ContinualSFTTrainer as ContinualSFTTrainer
+    from .training.stopping import RunStopped as RunStopped
+    from .training.trainer import ContinualTrainer as ContinualTrainer
+    from .training.trainer import ContinualTrainerMixin as ContinualTrainerMixin

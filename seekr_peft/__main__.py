@@ -1,4 +1,4 @@
-"""The entry of the command line. May import ``stopping`` and ``cli``.
+"""The entry of the command line.
 
 Signals are taken before anything heavy is imported, so that a command that is stopped while it starts ends like one
 that is stopped later.
@@ -6,7 +6,7 @@ that is stopped later.
 
 import signal
 
-from .stopping import SIGNALS, listening
+from .training.stopping import SIGNALS, listening
 
 
 def main() -> None:

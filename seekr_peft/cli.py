@@ -13,9 +13,9 @@ import typer
 
 from . import __version__
 from .errors import ConfigError, SeekrError, printable, shown
-from .paths import reason
-from .stopping import listening
+from .files.paths import reason
 from .terminal import TerminalConsole, clean_terminal
+from .training.stopping import listening
 
 app = typer.Typer(
     name="seekr-peft",
@@ -70,16 +70,16 @@ def run(
 ) -> None:
     """Train the tasks of RECIPE one after another; ends with the accuracy matrix, OP and BWT."""
     if check:
-        from .recipe import load_recipe
+        from .recipe.schema import load_recipe
 
         load_recipe(recipe, overrides or [])
         _say(f"{recipe} is fine.")
         return
     _quiet()
-    from .run import run_recipe
+    from .run.runner import run_recipe
 
     if repair:
-        from .recipe import load_recipe
+        from .recipe.schema import load_recipe
 
         _repair(Path(load_recipe(recipe, overrides or []).output_dir))
     run_recipe(recipe, overrides or [], resume=resume or repair)
@@ -136,8 +136,8 @@ def doctor(
 ) -> None:
     """Predict the peak memory and the size of the replay memory of RECIPE, before anything is loaded."""
     _quiet()
-    from .footprint import render_footprint
-    from .recipe import load_recipe
+    from .doctor.estimate import render_footprint
+    from .recipe.schema import load_recipe
 
     fits = render_footprint(load_recipe(recipe, overrides or []), TerminalConsole(), memory)
     raise typer.Exit(0 if fits else 1)
@@ -163,7 +163,7 @@ def inspect(
 ) -> None:
     """Print what a run directory holds: tasks, teachers, memory, heads, matrix."""
     if verify:
-        from .repair import verify as verify_files
+        from .run.repair import verify as verify_files
 
         _say(verify_files(run_directory))
         return
@@ -187,13 +187,13 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
 ) -> None:
     """Copy the run's consolidated adapter as a plain PEFT adapter that needs nothing of this package."""
-    from .export import export_adapter
+    from .run.export import export_adapter
 
     _say(export_adapter(run_directory, out))
 
 
 def _repair(directory: Path) -> None:
-    from .repair import repair as repair_directory
+    from .run.repair import repair as repair_directory
 
     for sentence in repair_directory(directory).sentences(directory):
         _say(sentence)

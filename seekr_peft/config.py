@@ -1,4 +1,4 @@
-"""``SeekrConfig``: every knob of the method, validated when it is made. Imports only ``errors`` and ``json_text``."""
+"""``SeekrConfig``: every knob of the method, validated when it is made."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, cut, shown
-from .json_text import parse_json
+from .files.json_text import parse_json
 
 Norm = Literal["frobenius", "mean_square"]
 Accumulate = Literal["product_of_sums", "sum_of_products"]

@@ -1,4 +1,4 @@
-"""Every error that a user of the package can cause. Imports nothing of it; any module may import it.
+"""Every error that a user of the package can cause; any module may import it.
 
 A message is one sentence that says what was wrong, the value, the place, and what to do. The command line prints a
 ``SeekrError`` as one line and exits with status 2; anything else is a bug and keeps its traceback. ``shown``, ``cut``,

@@ -1,4 +1,4 @@
-"""Which heads matter: ``HeadSelection`` and the importance that ranks them. May import ``config`` and ``errors``.
+"""Which heads matter: ``HeadSelection`` and the importance that ranks them.
 
 Everything here is arithmetic on tensors of shape ``(n_layers, n_heads)``; no model is needed.
 """

@@ -1,4 +1,4 @@
-"""The terms of the replay loss, pure functions of tensors. May import ``attention.rows`` and ``errors``.
+"""The terms of the replay loss, pure functions of tensors.
 
 Paper: lambda1 * L_replay + (1 - lambda1) * L_logits + lambda2 * L_attention.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention.rows import sparse_rows
+from .attention.row_math import sparse_rows
 
 IGNORED = -100
 """Label of a position that carries no loss (transformers' convention)."""

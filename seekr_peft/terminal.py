@@ -1,5 +1,4 @@
-"""What reaches the terminal: text from files and names without the characters that would drive it. May import
-``errors``."""
+"""What reaches the terminal: text from files and names without the characters that would drive it."""
 
 from __future__ import annotations
 

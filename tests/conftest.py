@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# The numbers are those of a CPU, on any machine; `make test-gpu` runs what is about a GPU.
+# The numbers are those of a CPU, on any machine; ``make test-gpu`` runs what is about a GPU.
 if os.environ.get("SEEKR_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import fresh_peft, logits_of, make_dataset, randomise
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.config import BdLoraConfig
-from test_adapters import relative
-from tiny_models import (
+from support.core_models import fresh_peft, logits_of, make_dataset, randomise
+from support.tiny_models import (
     VOCABULARY,
     nf4_llama,
     tiny_gemma2,
@@ -23,12 +22,13 @@ from tiny_models import (
     tiny_mamba,
     tiny_mixtral,
 )
+from test_adapters import relative
 
 from seekr_peft import SeekrConfig
-from seekr_peft.adapters import AdapterStack
-from seekr_peft.effect import LENGTH, LOOSE, ROWS, TIGHT, _differences, probe_tokens, unchanged_outputs
 from seekr_peft.errors import AdapterError, DivergenceError
 from seekr_peft.methods import Seekr, Sequential
+from seekr_peft.model.adapter_effect import LENGTH, LOOSE, ROWS, TIGHT, _differences, probe_tokens, unchanged_outputs
+from seekr_peft.model.adapter_stack import AdapterStack
 
 DATA = make_dataset(6)
 
@@ -145,8 +145,8 @@ def test_the_very_first_task_is_checked_as_well(tmp_path: Path, monkeypatch: pyt
 def test_block_diagonal_lora_is_caught_by_its_effect_where_its_name_and_layers_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("seekr_peft.adapters._check_settings", lambda *_: None)
-    monkeypatch.setattr("seekr_peft.adapters._check_layer", lambda *_: None)
+    monkeypatch.setattr("seekr_peft.model.adapter_stack._check_settings", lambda *_: None)
+    monkeypatch.setattr("seekr_peft.model.adapter_stack._check_layer", lambda *_: None)
     config = BdLoraConfig(target_modules_bd_a=["q_proj", "v_proj"], target_modules_bd_b=["o_proj"], nblocks=2)
     method = Sequential(fresh_peft(target_modules=["q_proj", "v_proj", "o_proj"], use_bdlora=config))
     with pytest.raises((AdapterError, RuntimeError)) as caught:

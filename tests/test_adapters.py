@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import fresh_peft, logits_of, make_dataset, randomise, trained_stack
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import N_LAYERS, nf4_llama, padded_batch, tiny_llama, tiny_mixtral, with_lora
+from support.core_models import fresh_peft, logits_of, make_dataset, randomise, trained_stack
+from support.tiny_models import N_LAYERS, nf4_llama, padded_batch, tiny_llama, tiny_mixtral, with_lora
 from torch import Tensor, nn
 
-from seekr_peft.adapters import AdapterStack, Consolidation, _truncate
 from seekr_peft.errors import AdapterError
 from seekr_peft.methods import get_method
-from seekr_peft.quantized import keep_differentiable
+from seekr_peft.model.adapter_stack import AdapterStack, Consolidation, _truncate
+from seekr_peft.model.bitsandbytes_cpu import keep_differentiable
 
 MODES = ["stack", "continue"]
 
@@ -291,7 +291,7 @@ def test_a_failing_consolidation_leaves_the_task_open_to_be_abandoned(monkeypatc
         raise MemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("seekr_peft.adapters._summed_factors", out_of_memory)
+        patch.setattr("seekr_peft.model.adapter_stack._summed_factors", out_of_memory)
         with pytest.raises(MemoryError):
             stack.finish()
     assert (stack.current, stack.n_tasks) == ("task_02", 1)
@@ -518,7 +518,7 @@ def test_bitsandbytes_alone_loses_the_gradient_after_a_generation(nf4_folder: Pa
     assert (
         any(float(gradient.abs().max()) == 0.0 for gradient in lost.values() if gradient is not None)
         or len(lost) < 2 * 7 * N_LAYERS
-    ), "bitsandbytes keeps the gradient now: quantized.py is no longer needed"
+    ), "bitsandbytes keeps the gradient now: model/bitsandbytes_cpu.py is no longer needed"
 
 
 @pytest.mark.skipif(not bitsandbytes_repacks(), reason="bitsandbytes repacks only on CPUs with AVX512-BF16")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import LargestOutput
+from support.tiny_models import LargestOutput
 from torch import Tensor
 
-from seekr_peft.attention import rows as rows_module
-from seekr_peft.attention.rows import (
+from seekr_peft.attention import row_math as rows_module
+from seekr_peft.attention.row_math import (
     RowInputs,
     RowMask,
     TeacherRows,

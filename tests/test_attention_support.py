@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from support.tiny_models import (
     N_HEADS,
     N_LAYERS,
     SLIDING_WINDOW,
@@ -40,9 +40,10 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from seekr_peft.attention import AttentionTap, support
-from seekr_peft.attention.call import EagerCall, InterfaceCall, QuerySelection
-from seekr_peft.attention.rows import TeacherRows
+from seekr_peft.attention import AttentionTap
+from seekr_peft.attention import models as support
+from seekr_peft.attention.capture import EagerCall, InterfaceCall, QuerySelection
+from seekr_peft.attention.row_math import TeacherRows
 from seekr_peft.errors import CaptureError
 from seekr_peft.heads import HeadSelection
 

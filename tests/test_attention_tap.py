@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from tiny_models import (
+from support.tiny_models import (
     HEAD_DIM,
     N_HEADS,
     N_LAYERS,
@@ -32,8 +32,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from seekr_peft.attention import AttentionTap, TeacherRows
-from seekr_peft.attention.call import KINDS_OF_MASK, AttentionCall, InterfaceCall, QuerySelection
-from seekr_peft.attention.rows import HeadPairs
+from seekr_peft.attention.capture import KINDS_OF_MASK, AttentionCall, InterfaceCall, QuerySelection
+from seekr_peft.attention.row_math import HeadPairs
 from seekr_peft.errors import CaptureError
 from seekr_peft.heads import HeadSelection
 

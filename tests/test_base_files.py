@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import small_recipe
 from stress.bases import check_one, mutations
+from support.small_run import small_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from seekr_peft.base_files import check_base_files
 from seekr_peft.demo import BASE_PATH
+from seekr_peft.doctor.estimate import estimate_footprint
 from seekr_peft.errors import ConfigError
-from seekr_peft.footprint import estimate_footprint
-from seekr_peft.modeling import load_model
-from seekr_peft.recipe import Recipe, load_recipe
+from seekr_peft.model.base_files import check_base_files
+from seekr_peft.recipe.base_model import load_model
+from seekr_peft.recipe.schema import Recipe, load_recipe
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from rich.console import Console
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from core_models import fresh_peft  # noqa: E402
+from support.core_models import fresh_peft  # noqa: E402
 
 from benchmarks.adversarial_tasks import write_tasks  # noqa: E402
 from benchmarks.architecture_bases import ARCHITECTURES, build_model  # noqa: E402
 from benchmarks.forgettability import _GRAFT, grafting, permutation_p, spearman  # noqa: E402
-from seekr_peft.attention.support import attention_modules, head_shape  # noqa: E402
+from seekr_peft.attention.models import attention_modules, head_shape  # noqa: E402
 from seekr_peft.demo.train_base import train  # noqa: E402
-from seekr_peft.peak_memory import PeakMemory  # noqa: E402
+from seekr_peft.model.peak_memory import PeakMemory  # noqa: E402
 
 
 def test_peak_memory_counts_what_is_alive_at_the_same_time():
@@ -105,7 +105,7 @@ def test_the_random_quantised_base_is_made_as_from_pretrained_loads_one(tmp_path
     from transformers import LlamaForCausalLM
 
     from benchmarks import large_model
-    from seekr_peft.modeling import _quantization
+    from seekr_peft.recipe.base_model import _quantization
 
     config = large_model.shape("small", 32)
     LlamaForCausalLM(config).save_pretrained(tmp_path)

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from small_run import read_lines, small_recipe
+from support.small_run import read_lines, small_recipe
+from support.tiny_models import tiny_llama
+from support.tokenizer_zoo import byte_level, llama_bpe, unigram
 from test_text import Parrot, parrot, plain
-from tiny_models import tiny_llama
-from tokenizer_zoo import byte_level, llama_bpe, unigram
 
 from seekr_peft import ReplayMemory, Task, run_recipe
 from seekr_peft.errors import DataError
 from seekr_peft.evaluation import evaluate_task, generate_answers
 from seekr_peft.evaluation.generation import find_unreachable, warn_of_unreachable
-from seekr_peft.recipe import load_recipe
-from seekr_peft.run import constant_answer_score, load_tasks
+from seekr_peft.recipe.schema import load_recipe
+from seekr_peft.run.runner import constant_answer_score, load_tasks
 from seekr_peft.tasks import encode
 from seekr_peft.tasks.task import prompts_of
 from seekr_peft.tasks.tokenize import SampleTokens

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_llama
+from support.tiny_models import tiny_llama
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig
-from seekr_peft.checkpoint import load_training, random_state, save_training, set_random_state
 from seekr_peft.errors import ConfigError, RunError
 from seekr_peft.methods import get_method
+from seekr_peft.training.checkpoint import load_training, random_state, save_training, set_random_state
 
 CONFIG = SeekrConfig(replay_ratio=0.25, layer_budget=2, head_budget=5, query_budget=6, min_replay_passes=3)
 

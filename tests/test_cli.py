@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_directory_fixture import build_run
+from support.run_directory_fixture import build_run
 
 import seekr_peft
 from seekr_peft import cli
@@ -95,10 +95,10 @@ def test_check_reads_the_recipe_with_its_overrides_and_runs_nothing(call: Any, t
 
 
 def test_run_hands_recipe_overrides_and_resume_on(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import seekr_peft.run
+    import seekr_peft.run.runner
 
     calls: list[Any] = []
-    monkeypatch.setattr(seekr_peft.run, "run_recipe", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(seekr_peft.run.runner, "run_recipe", lambda *a, **k: calls.append((a, k)))
     assert call("run", "r.yaml", "seed=1", "tasks.max_train=5", "--resume")[0] == 0
     assert call("run", "r.yaml")[0] == 0
     assert calls == [
@@ -192,12 +192,12 @@ def test_a_run_into_a_used_folder_is_one_line_and_status_2(call: Any, tmp_path: 
 
 
 def test_a_bug_keeps_its_traceback(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import seekr_peft.run
+    import seekr_peft.run.runner
 
     def broken(*arguments: Any, **options: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(seekr_peft.run, "run_recipe", broken)
+    monkeypatch.setattr(seekr_peft.run.runner, "run_recipe", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         call("run", "r.yaml")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seekr_peft.attention import TeacherRows
-from seekr_peft.attention.rows import BROADEST, sparse_rows
+from seekr_peft.attention.row_math import BROADEST, sparse_rows
 from seekr_peft.memory.codec import LOG_STEP, SparseRows, pack, unpack
 
 WIDTHS = st.sampled_from([1, 3, 200, 255, 256, 257, 511, 5000, 40_000, 152_000])

@@ -15,16 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from small_run import TASKS, read_json, small_recipe
+from support.small_run import TASKS, read_json, small_recipe
 
 import seekr_peft.compare as compare_module
 from seekr_peft.compare import FinishedRun, Variant, check_comparable, compare, plan_comparison
 from seekr_peft.compare.answer import answer
 from seekr_peft.compare.checks import what_is_the_same
 from seekr_peft.compare.statistics import GRID, PairedDifference, Spread, sign_flip_p
-from seekr_peft.costs import TaskCost
 from seekr_peft.errors import ConfigError, DivergenceError, RunError, RunInUseError
-from seekr_peft.run import run_recipe
+from seekr_peft.run.runner import run_recipe
+from seekr_peft.run.task_costs import TaskCost
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "replay": {"method.name": "replay"},

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparison_fixture import ORDERS, build_comparison
-from page_reader import PageReader
-from run_directory_fixture import build_run, write_json
+from support.comparison_fixture import ORDERS, build_comparison
+from support.page_reader import PageReader
+from support.run_directory_fixture import build_run, write_json
 
+from seekr_peft.compare import figures as drawing
+from seekr_peft.compare.page import GAP_FORMULA, write_comparison_page
+from seekr_peft.compare.reading import distinct_names, load_comparison, mean_record
 from seekr_peft.errors import RunError
-from seekr_peft.report import comparison_figures as drawing
-from seekr_peft.report import figures, page, read_run, write_comparison_page
-from seekr_peft.report.comparison_page import GAP_FORMULA
-from seekr_peft.report.comparison_reading import distinct_names, load_comparison, mean_record
+from seekr_peft.report import figures, page, read_run
 
 ATTACK = "<script>alert('x')</script>"
 THREE: dict[str, dict[str, Any]] = {

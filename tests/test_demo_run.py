@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from small_run import TASKS, read_json, read_lines, small_recipe
+from support.small_run import TASKS, read_json, read_lines, small_recipe
 
 import seekr_peft.demo.run as demo_module
 from seekr_peft.demo.run import METHODS, demo_recipe, run_demo
 from seekr_peft.errors import RunError
 from seekr_peft.evaluation import AccuracyMatrix
-from seekr_peft.recipe import load_recipe
+from seekr_peft.recipe.schema import load_recipe
 
 
 @pytest.fixture(scope="module")

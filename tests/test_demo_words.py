@@ -5,15 +5,7 @@ import random
 import pytest
 
 from seekr_peft.demo import BASE_PATH
-from seekr_peft.demo.words import (
-    CUES,
-    LIST_LENGTH,
-    NOUNS,
-    TASK_NAMES,
-    base_lines,
-    demo_tasks,
-    vocabulary,
-)
+from seekr_peft.tasks.demo_words import CUES, LIST_LENGTH, NOUNS, TASK_NAMES, base_lines, demo_tasks, vocabulary
 
 MAX_BASE_BYTES = 4_000_000
 POSITIONS = {"first": 1, "last": LIST_LENGTH, "third": 3, "second": 2}

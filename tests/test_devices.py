@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_run import small_recipe
+from support.small_run import small_recipe
 from test_cli import command
 from test_trainer import NEW, adapted, arguments
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_run import read_json, small_recipe
+from support.small_run import read_json, small_recipe
+from support.tiny_models import tiny_llama
 from test_cli import command
 from test_trainer import NEW, OLD, adapted, arguments, copied, perturb
-from tiny_models import tiny_llama
 
 from seekr_peft import ContinualTrainer, Replay, Seekr, SeekrConfig, Sequential
 from seekr_peft.errors import DataError, DivergenceError
 from seekr_peft.methods import Ewc, Lwf
-from seekr_peft.trainer import MOST_SKIPPED_STEPS
+from seekr_peft.training.trainer import MOST_SKIPPED_STEPS
 
 METHODS = (Sequential, Replay, Seekr, Lwf)
 

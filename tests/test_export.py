@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from seekr_peft.errors import RunError
-from seekr_peft.export import FILES, export_adapter
+from seekr_peft.run.export import FILES, export_adapter
 
 
 @pytest.fixture

@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from small_run import small_recipe
-from tiny_models import tiny_falcon, tiny_gemma2, tiny_gpt_neo, tiny_mixtral, tiny_openai_gpt
+from support.small_run import small_recipe
+from support.tiny_models import tiny_falcon, tiny_gemma2, tiny_gpt_neo, tiny_mixtral, tiny_openai_gpt
 from transformers import AutoTokenizer, TrainingArguments
 from typer.testing import CliRunner
 
 from seekr_peft import ContinualTrainer, Seekr
 from seekr_peft.cli import app
 from seekr_peft.demo import BASE_PATH
+from seekr_peft.doctor.estimate import Footprint, estimate_footprint, first_knob, render_footprint
 from seekr_peft.errors import AdapterError, CaptureError, ConfigError
-from seekr_peft.footprint import Footprint, estimate_footprint, first_knob, render_footprint
 from seekr_peft.memory import TaskMemory
 from seekr_peft.methods import get_method
-from seekr_peft.modeling import load_model
-from seekr_peft.peak_memory import PeakMemory
-from seekr_peft.recipe import Recipe, load_recipe
-from seekr_peft.scoring import score_heads
+from seekr_peft.methods.head_scores import score_heads
+from seekr_peft.model.peak_memory import PeakMemory
+from seekr_peft.recipe.base_model import load_model
+from seekr_peft.recipe.schema import Recipe, load_recipe
 
 LENGTH, ANSWERS, BATCH = 128, 8, 4
 METHOD = {

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from seekr_peft.attention import TeacherRows, fused
-from seekr_peft.attention.rows import HeadPairs, PairMask, RowInputs, RowMask, row_kl
+from seekr_peft.attention import TeacherRows
+from seekr_peft.attention import triton_launch as fused
+from seekr_peft.attention.row_math import HeadPairs, PairMask, RowInputs, RowMask, row_kl
 from seekr_peft.errors import CaptureError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

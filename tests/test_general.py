@@ -14,23 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
-from small_run import read_json, small_recipe
-from tiny_models import VOCABULARY, LargestOutput, tiny_gpt2, tiny_llama, with_lora
+from support.small_run import read_json, small_recipe
+from support.tiny_models import VOCABULARY, LargestOutput, tiny_gpt2, tiny_llama, with_lora
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from seekr_peft import run_recipe
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import DataError
-from seekr_peft.evaluation.general import (
-    GeneralTest,
-    find_general_tests,
-    multiple_choice,
-    read_questions,
-    text_loss,
-)
+from seekr_peft.evaluation.general import GeneralTest, find_general_tests, multiple_choice, read_questions, text_loss
 from seekr_peft.report import read_run
-from seekr_peft.trainer import ContinualTrainer
+from seekr_peft.training.trainer import ContinualTrainer
 
 WORDS = [f"w{number}" for number in range(50)]
 

@@ -10,20 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import read_json, read_lines, small_recipe
+from support.small_run import read_json, read_lines, small_recipe
+from support.tiny_models import N_HEADS, N_LAYERS, padded_batch, tiny_llama, with_lora
 from test_attention_rows import make_inputs, make_teacher
 from test_attention_tap import BUILDERS, SOME_HEADS, eager_rows, expected_rows, tapped_rows
 from test_trainer import OLD, adapted, arguments, perturb, trained
-from tiny_models import N_HEADS, N_LAYERS, padded_batch, tiny_llama, with_lora
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seekr_peft import Seekr, SeekrConfig
-from seekr_peft.attention import AttentionTap, TeacherRows, fused
-from seekr_peft.attention.rows import RowInputs, row_kl
+from seekr_peft.attention import AttentionTap, TeacherRows
+from seekr_peft.attention import triton_launch as fused
+from seekr_peft.attention.row_math import RowInputs, row_kl
 from seekr_peft.heads import HeadSelection
-from seekr_peft.peak_memory import PeakMemory
-from seekr_peft.run import run_recipe
+from seekr_peft.model.peak_memory import PeakMemory
+from seekr_peft.run.runner import run_recipe
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.tiny_models import VOCABULARY
 from test_trainer import NEW, OLD, adapted, arguments, perturb
-from tiny_models import VOCABULARY
 
 from seekr_peft import ContinualTrainer, Replay, Seekr, SeekrConfig, Sequential
 from seekr_peft.errors import ConfigError, DataError
-from seekr_peft.inputs import check_media, check_sample
 from seekr_peft.methods import Ewc, Lwf
+from seekr_peft.tasks.inputs import check_media, check_sample
 
 PLAIN = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "attention_mask": [1, 1, 1, 1]}
 PIXELS = torch.zeros(1, 3, 4, 4)
@@ -206,7 +206,7 @@ def test_a_trainer_refuses_tokens_that_the_model_has_no_row_for(tmp_path: Path, 
 def test_all_tasks_at_once_drop_no_image() -> None:
     from datasets import Dataset
 
-    from seekr_peft.stages import joined
+    from seekr_peft.run.stages import joined
 
     rows = [{**PLAIN, "pixel_values": [[0.0, 1.0]]}] * 4
     with pytest.raises(DataError, match="holds 'pixel_values'"):

@@ -11,8 +11,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from seekr_peft import setting_rules as rules
-from seekr_peft.library_settings import (
+from seekr_peft.model.plain_lora import OFF, SOME_VALUES
+from seekr_peft.recipe import setting_rules as rules
+from seekr_peft.recipe.library_fields import (
     accelerator_settings,
     compile_backends,
     lora_settings,
@@ -20,7 +21,6 @@ from seekr_peft.library_settings import (
     training_choices,
     training_settings,
 )
-from seekr_peft.plain_lora import OFF, SOME_VALUES
 
 
 def fields_of(kind: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_the_lists_of_other_modules_are_theirs() -> None:
 
 def test_a_recipe_is_checked_without_loading_torch(tmp_path: Any) -> None:
     code = (
-        "import sys; from seekr_peft.recipe import load_recipe; "
+        "import sys; from seekr_peft.recipe.schema import load_recipe; "
         "load_recipe({'model': {'name_or_path': 'demo'}, 'tasks': {'format': 'demo'}, 'training': {'optim': 'sgd'}}); "
         "loaded = {'torch', 'transformers', 'peft'} & set(sys.modules); assert not loaded, loaded"
     )

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, tiny_llama
+from support.tiny_models import VOCABULARY, tiny_llama
 from torch import Tensor
 
-from seekr_peft.forward import answer_logits, evaluation_mode
 from seekr_peft.losses import (
     IGNORED,
     TeacherDistributions,
@@ -22,6 +21,7 @@ from seekr_peft.losses import (
     label_loss,
     logits_kl,
 )
+from seekr_peft.model.answers import answer_logits, evaluation_mode
 
 N_ANSWER, WORDS = 5, 13
 
@@ -100,7 +100,7 @@ def test_answer_logits_are_those_of_a_full_forward_in_order_of_sample_and_positi
 def test_answer_logits_need_no_logits_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_llama(), labelled_batch()
     kept, _ = answer_logits(model, **batch)
-    monkeypatch.setattr("seekr_peft.forward._keeps_logits", lambda model: False)
+    monkeypatch.setattr("seekr_peft.model.answers._keeps_logits", lambda model: False)
     whole, _ = answer_logits(model, **batch)
     torch.testing.assert_close(kept, whole, rtol=1e-5, atol=1e-5)
 

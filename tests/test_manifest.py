@@ -14,14 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from small_run import TASKS, read_json, small_recipe
+from support.small_run import TASKS, read_json, small_recipe
 
-import seekr_peft.files as files_module
+import seekr_peft.files.atomic as files_module
 from seekr_peft import run_recipe
 from seekr_peft.errors import RunError
-from seekr_peft.export import export_adapter
-from seekr_peft.files import checksum, partial_path, replacing, save_tensors, write_json, write_text
-from seekr_peft.manifest import (
+from seekr_peft.files.atomic import checksum, partial_path, replacing, save_tensors, write_json, write_text
+from seekr_peft.files.manifest import (
     MANIFEST_FILE,
     Ledger,
     StoredFiles,
@@ -32,8 +31,9 @@ from seekr_peft.manifest import (
     task_number,
     write_manifest,
 )
-from seekr_peft.repair import verify
 from seekr_peft.report import render_inspection, write_report
+from seekr_peft.run.export import export_adapter
+from seekr_peft.run.repair import verify
 
 FOLDERS = [f"{number:02d}-{name}" for number, name in enumerate(TASKS, start=1)]
 UNLISTED = {"report.html", ".lock"}

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import make_dataset, make_samples
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, tiny_llama
+from support.core_models import make_dataset, make_samples
+from support.tiny_models import VOCABULARY, tiny_llama
 from torch import Tensor
 
 from seekr_peft.attention import AttentionTap, TeacherRows
-from seekr_peft.attention.rows import sparse_rows
+from seekr_peft.attention.row_math import sparse_rows
 from seekr_peft.config import SeekrConfig
 from seekr_peft.errors import DataError, MemoryFormatError
 from seekr_peft.heads import HeadSelection

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import fresh_peft, logits_of, make_dataset, randomise, train_by_hand
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import (
+from support.core_models import fresh_peft, logits_of, make_dataset, randomise, train_by_hand
+from support.tiny_models import (
     N_HEADS,
     N_LAYERS,
     VOCABULARY,
@@ -41,8 +41,8 @@ from seekr_peft.errors import (
 from seekr_peft.heads import HeadSelection, ImportanceRecord
 from seekr_peft.memory import choose_samples
 from seekr_peft.methods import Replay, Seekr, Sequential
+from seekr_peft.methods.head_scores import score_heads
 from seekr_peft.methods.replay import SELECTORS
-from seekr_peft.scoring import score_heads
 
 FIRST, SECOND = make_dataset(20, seed=1), make_dataset(20, seed=2)
 
@@ -413,8 +413,8 @@ def test_an_error_leaves_the_earlier_state_as_it_was(
     target = {
         "score_heads": "seekr_peft.methods.seekr.score_heads",
         "teach": "seekr_peft.methods.seekr.teach",
-        "save": "seekr_peft.adapters.AdapterStack.save_current",
-        "finish": "seekr_peft.adapters.AdapterStack.check_frozen_unchanged",
+        "save": "seekr_peft.model.adapter_stack.AdapterStack.save_current",
+        "finish": "seekr_peft.model.adapter_stack.AdapterStack.check_frozen_unchanged",
     }.get(where)
     with monkeypatch.context() as patch, pytest.raises(error, match="boom"):
         if target:
@@ -478,7 +478,7 @@ def test_the_default_limits_tell_an_untrained_teacher_from_a_trained_one(caplog:
 
 
 def test_a_model_without_attention_is_refused_when_the_method_is_made() -> None:
-    from tiny_models import tiny_mamba
+    from support.tiny_models import tiny_mamba
 
     model = get_peft_model(tiny_mamba(), LoraConfig(r=2, target_modules=["in_proj"]))
     with pytest.raises(CaptureError, match="Mamba"):

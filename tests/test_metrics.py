@@ -8,13 +8,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from seekr_peft.errors import DataError
-from seekr_peft.evaluation.metrics import (
-    METRICS,
-    exact_match,
-    option_letter,
-    rouge_l,
-    score_predictions,
-)
+from seekr_peft.evaluation.metrics import METRICS, exact_match, option_letter, rouge_l, score_predictions
 from seekr_peft.tasks import METRICS as METRIC_NAMES
 
 ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)

@@ -8,14 +8,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from core_models import fresh_peft, make_dataset
-from tiny_models import VOCABULARY, nf4_llama, tiny_bert, tiny_gpt_neo, tiny_llama, tiny_mamba, tiny_t5, with_lora
+from support.core_models import fresh_peft, make_dataset
+from support.tiny_models import (
+    VOCABULARY,
+    nf4_llama,
+    tiny_bert,
+    tiny_gpt_neo,
+    tiny_llama,
+    tiny_mamba,
+    tiny_t5,
+    with_lora,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from seekr_peft.errors import AdapterError, ConfigError, DataError
-from seekr_peft.methods import METHODS, Replay, Seekr, Sequential, get_method
-from seekr_peft.model_kind import check_checkpoint, check_model, is_finite
+from seekr_peft.methods import Replay, Seekr, Sequential, get_method
+from seekr_peft.methods.registry import OWN_METHODS
+from seekr_peft.model.kind import check_checkpoint, check_model, is_finite
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -311,11 +321,11 @@ def test_a_configuration_that_pads_beyond_its_embeddings_is_refused(padding: int
 # Methods ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OWN_METHODS))
 @pytest.mark.parametrize("build", [tiny_bert, tiny_t5])
 def test_no_method_is_made_around_a_model_that_it_cannot_train(method: str, build: Any) -> None:
     with pytest.raises(AdapterError, match=r"looks in both directions|is an encoder-decoder"):
-        get_method(method)(adapted(build()), adapter_mode=METHODS[method].adapter_modes[0])
+        get_method(method)(adapted(build()), adapter_mode=get_method(method).adapter_modes[0])
 
 
 @pytest.mark.parametrize("method", ["sequential", "replay", "seekr"])

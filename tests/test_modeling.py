@@ -14,17 +14,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small_run import read_json, small_recipe
-from tiny_models import tiny_bert, tiny_gpt_neo, tiny_llama, tiny_mixtral, tiny_t5
+from support.small_run import read_json, small_recipe
+from support.tiny_models import tiny_bert, tiny_gpt_neo, tiny_llama, tiny_mixtral, tiny_t5
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from seekr_peft import run_recipe
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import ConfigError
-from seekr_peft.model_kind import stored_quantization
-from seekr_peft.modeling import attention_implementation, check_tokens, load_model, read_config
-from seekr_peft.recipe import Recipe, load_recipe
+from seekr_peft.model.kind import stored_quantization
+from seekr_peft.recipe.base_model import attention_implementation, check_tokens, load_model, read_config
+from seekr_peft.recipe.schema import Recipe, load_recipe
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 QUANTIZATIONS = ["none", "nf4", "int8"]

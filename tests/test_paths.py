@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import yaml
-from run_directory_fixture import build_run
+from support.run_directory_fixture import build_run
 
 from seekr_peft import cli
+from seekr_peft.compare.reading import load_comparison
 from seekr_peft.errors import ConfigError, RunError, SeekrError
-from seekr_peft.export import export_adapter
+from seekr_peft.files.paths import given_path, path_problem
 from seekr_peft.methods import get_method
-from seekr_peft.paths import given_path, path_problem
-from seekr_peft.recipe import load_recipe
-from seekr_peft.repair import repair, verify
+from seekr_peft.recipe.schema import load_recipe
 from seekr_peft.report import write_comparison, write_report
-from seekr_peft.report.comparison_reading import load_comparison
+from seekr_peft.run.export import export_adapter
+from seekr_peft.run.repair import repair, verify
 
 
 def loop(folder: Path) -> Path:
@@ -139,7 +139,7 @@ def test_the_home_folder_is_filled_in_in_a_recipe(tmp_path: Path, monkeypatch: p
 
 def test_a_pipe_among_the_tasks_files_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     from seekr_peft.errors import DataError
-    from seekr_peft.tasks.files import read_text
+    from seekr_peft.tasks.table_files import read_text
 
     with pytest.raises(DataError, match="pipe"):
         read_text(pipe(tmp_path))

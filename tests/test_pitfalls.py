@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_llama, with_lora
+from support.tiny_models import tiny_llama, with_lora
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")

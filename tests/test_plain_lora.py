@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import fresh_peft, logits_of, randomise
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraRuntimeConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from support.core_models import fresh_peft, logits_of, randomise
+from support.tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
 from test_adapters import adapter_change, relative
-from tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
 
-from seekr_peft.adapters import AdapterStack
 from seekr_peft.errors import AdapterError
-from seekr_peft.plain_lora import ANY_VALUE, OFF, SOME_VALUES, why_refused
+from seekr_peft.model.adapter_stack import AdapterStack
+from seekr_peft.model.plain_lora import ANY_VALUE, OFF, SOME_VALUES, why_refused
 
 SOME_LAYERS = {"target_modules": ["q_proj", "v_proj"]}
 
@@ -160,7 +160,7 @@ def test_each_variant_of_lora_is_refused_by_its_setting_and_where_that_is_hidden
         model = fresh_peft(target_modules=["q_proj", "o_proj"], **lora)
     with pytest.raises(AdapterError, match=f"adapter 'default' has {key}="):
         AdapterStack(model)
-    monkeypatch.setattr("seekr_peft.adapters._check_settings", lambda *_: None)
+    monkeypatch.setattr("seekr_peft.model.adapter_stack._check_settings", lambda *_: None)
     with pytest.raises(AdapterError, match=rf"'default' computes {kind} at .*q_proj, not a plain B A"):
         AdapterStack(model)
 

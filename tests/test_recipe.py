@@ -22,9 +22,9 @@ from seekr_peft.compare import plan_comparison
 from seekr_peft.config import SeekrConfig
 from seekr_peft.demo.run import demo_recipe
 from seekr_peft.errors import ConfigError
-from seekr_peft.library_settings import Setting, lora_settings, training_choices, training_settings
-from seekr_peft.plain_lora import OFF
-from seekr_peft.recipe import Recipe, general_tests, load_recipe, recipe_text, stored_recipe
+from seekr_peft.model.plain_lora import OFF
+from seekr_peft.recipe.library_fields import Setting, lora_settings, training_choices, training_settings
+from seekr_peft.recipe.schema import Recipe, general_tests, load_recipe, recipe_text, stored_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 
@@ -270,7 +270,7 @@ def test_what_the_stack_would_refuse_is_refused_by_the_recipe_already(adapter: d
 
 def test_a_setting_of_a_later_peft_is_refused_unless_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     later = {**lora_settings(), "use_something_new": Setting("str | None", None), "safe_sums": Setting("bool", True)}
-    monkeypatch.setattr("seekr_peft.recipe.lora_settings", lambda: later)
+    monkeypatch.setattr("seekr_peft.recipe.schema.lora_settings", lambda: later)
     load_recipe(recipe(adapter={"use_something_new": None, "safe_sums": True}))
     first, second = problems(recipe(adapter={"use_something_new": "on", "safe_sums": False}))
     assert first.startswith("adapter.use_something_new is 'on', whose change cannot be added up over the tasks; this")
@@ -954,11 +954,11 @@ def test_what_becomes_of_a_mutated_recipe_is_told_apart(tmp_path: Path, monkeypa
     assert recipes.check_one("seed: 1", tmp_path) == "refused"
     bad = yaml.safe_dump(recipe(training={"lr_scheduler_type": "cosine", "logging_steps": 2.5}))
     assert recipes.check_one(bad, tmp_path) == "refused"
-    monkeypatch.setattr("seekr_peft.recipe.training_problems", lambda training, fields: [])
+    monkeypatch.setattr("seekr_peft.recipe.schema.training_problems", lambda training, fields: [])
     assert recipes.check_one(bad, tmp_path).startswith("unusable: ValueError")
-    monkeypatch.setattr("seekr_peft.recipe.training_problems", lambda training, fields: 1 / 0)
+    monkeypatch.setattr("seekr_peft.recipe.schema.training_problems", lambda training, fields: 1 / 0)
     assert recipes.check_one(bad, tmp_path).startswith("traceback: ZeroDivisionError")
-    monkeypatch.setattr("seekr_peft.recipe.training_problems", lambda training, fields: ["x" * 5000])
+    monkeypatch.setattr("seekr_peft.recipe.schema.training_problems", lambda training, fields: ["x" * 5000])
     assert recipes.check_one(bad, tmp_path).startswith("traceback: 'xxx")
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from small_run import TASKS, read_json, small_recipe
+from support.small_run import TASKS, read_json, small_recipe
+from support.tiny_models import tiny_llama
 from test_manifest import DAMAGES, damaged_names, flip
 from test_run import assert_same_result
-from tiny_models import tiny_llama
 
 from seekr_peft import Seekr, SeekrConfig, run_recipe
 from seekr_peft.errors import RunError, RunInUseError
-from seekr_peft.repair import repair, verify
+from seekr_peft.run.repair import repair, verify
 
 
 def make(directory: Path, **changes: Any) -> Path:
@@ -108,7 +108,7 @@ def test_two_damages_at_once_take_the_earlier_task(whole: Path, run: Path) -> No
 
 
 def test_a_repair_that_was_killed_is_done_again(run: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import seekr_peft.repair as module
+    import seekr_peft.run.repair as module
 
     class Killed(BaseException):
         pass
@@ -279,7 +279,7 @@ def test_a_report_names_what_is_gone(name: str, run: Path) -> None:
 
 def test_a_checkpoint_that_was_being_removed_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name is gone before its files are."""
-    import seekr_peft.files as files_module
+    import seekr_peft.files.atomic as files_module
 
     removed: list[Path] = []
     remove = shutil.rmtree

@@ -12,20 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from page_reader import PageReader
 from rich.console import Console
-from run_directory_fixture import build_run, operating_point, write_json
 from safetensors.numpy import load_file, save_file
+from support.page_reader import PageReader
+from support.run_directory_fixture import build_run, operating_point, write_json
 
 from seekr_peft.errors import RunError
-from seekr_peft.report import (
-    figures,
-    page,
-    read_run,
-    render_inspection,
-    write_comparison,
-    write_report,
-)
+from seekr_peft.report import figures, page, read_run, render_inspection, write_comparison, write_report
 
 ATTACK = "<script>alert('x')</script>"
 FOUR = ["C-STANCE", "FOMC", "MeetingBank", "Py150"]

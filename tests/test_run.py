@@ -21,18 +21,18 @@ import yaml
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from small_run import TASKS, read_json, read_lines, small_recipe
+from support.small_run import TASKS, read_json, read_lines, small_recipe
 
 import seekr_peft.methods.base as base_module
-import seekr_peft.run as run_module
+import seekr_peft.run.runner as run_module
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig, run_recipe
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import ConfigError, DataError, RunError
-from seekr_peft.manifest import Ledger
+from seekr_peft.files.manifest import Ledger
 from seekr_peft.memory import storage
-from seekr_peft.model_kind import base_fingerprint
-from seekr_peft.modeling import load_model
-from seekr_peft.recipe import load_recipe
+from seekr_peft.model.kind import base_fingerprint
+from seekr_peft.recipe.base_model import load_model
+from seekr_peft.recipe.schema import load_recipe
 
 TERMS = ("replay_loss", "logits_loss", "attention_loss")
 
@@ -311,8 +311,8 @@ SLOW_RUN = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from small_run import small_recipe
-from seekr_peft.trainer import ContinualTrainer
+from support.small_run import small_recipe
+from seekr_peft.training.trainer import ContinualTrainer
 original = ContinualTrainer.training_step
 def step(self, *args, **kwargs):
     if self.method.current_task == "third" and self.state.global_step == 3:
@@ -812,7 +812,7 @@ def test_lines_of_the_metrics_that_are_no_record_are_dropped(
 def test_training_settings_that_exclude_each_other_are_told_before_the_model_is_loaded(
     tmp_path: Path, training: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seekr_peft.run.load_model", lambda recipe: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("seekr_peft.run.runner.load_model", lambda recipe: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=rf"^training{message}") as caught:
         run(small_recipe(tmp_path / "run", training=training))
     assert "\n" not in str(caught.value)
@@ -848,7 +848,7 @@ def test_a_compiler_that_is_missing_is_one_sentence_and_a_bug_keeps_its_tracebac
     def fail(trainer: Any, *args: Any, **kwargs: Any) -> None:
         raise failure("backend='tvm' raised:\nImportError: please install it " + "x" * 9000)
 
-    monkeypatch.setattr("seekr_peft.run.ContinualTrainer.train", fail)
+    monkeypatch.setattr("seekr_peft.run.runner.ContinualTrainer.train", fail)
     expected = ConfigError if module.startswith("torch") else failure
     with pytest.raises(expected, match="backend='tvm' raised:") as caught:
         run(small_recipe(tmp_path / "run", n_tasks=1))

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import fresh_peft, make_samples, randomise
 from peft import LoraConfig, get_peft_model
-from tiny_models import N_HEADS, N_LAYERS, VOCABULARY, tiny_llama
+from support.core_models import fresh_peft, make_samples, randomise
+from support.tiny_models import N_HEADS, N_LAYERS, VOCABULARY, tiny_llama
 from torch import Tensor
 
-from seekr_peft.adapters import AdapterStack
-from seekr_peft.attention.rows import sparse_rows
+from seekr_peft.attention.row_math import sparse_rows
 from seekr_peft.heads import HeadSelection
 from seekr_peft.memory import ReplaySample
-from seekr_peft.peak_memory import PeakMemory
-from seekr_peft.scoring import attention_rows, score_heads, signal_targets, teach
+from seekr_peft.methods.head_scores import attention_rows, score_heads, signal_targets, teach
+from seekr_peft.model.adapter_stack import AdapterStack
+from seekr_peft.model.peak_memory import PeakMemory
 
 EVERY_HEAD = HeadSelection.all(N_LAYERS, N_HEADS)
 
@@ -162,7 +162,7 @@ def test_scoring_leaves_no_trace_after_an_exception(mode: Any, where: str, monke
     def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(f"seekr_peft.scoring.{where}", fail)
+    monkeypatch.setattr(f"seekr_peft.methods.head_scores.{where}", fail)
     with pytest.raises(RuntimeError, match="boom"):
         score_heads(stack, make_samples(2))
     assert_same_state(before, state_of(stack))

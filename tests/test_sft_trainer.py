@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import nf4_llama
+from support.tiny_models import nf4_llama
 
 from seekr_peft import Seekr, SeekrConfig, Task
 from seekr_peft.demo import BASE_PATH
-from seekr_peft.demo.words import demo_tasks
 from seekr_peft.errors import AdapterError, DataError
+from seekr_peft.tasks.demo_words import demo_tasks
 
 # TRL's own default uses the name that transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning")

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from small_run import read_json, small_recipe
+from support.small_run import read_json, small_recipe
 from test_run import assert_same_result
 
-import seekr_peft.run as run_module
+import seekr_peft.run.runner as run_module
 from seekr_peft import ContinualTrainer, Seekr, run_recipe
-from seekr_peft.stopping import RunStopped, StopRequest, listening
+from seekr_peft.training.stopping import RunStopped, StopRequest, listening
 
 SAVING = {"training": {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "max_steps": 6, "logging_steps": 4,
                        "save_strategy": "steps", "save_steps": 2}}  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_run_that_was_stopped_in_its_first_task_is_not_begun_anew_without_a_wo
 def test_a_damaged_checkpoint_is_named_and_repaired(tmp_path: Path, whole: Path) -> None:
     from test_manifest import flip
 
-    from seekr_peft.repair import repair
+    from seekr_peft.run.repair import repair
 
     recipe = small_recipe(tmp_path / "run")
     signalled(recipe, signal.SIGTERM, ContinualTrainer, "training_step", in_step(2, "last"))

@@ -28,9 +28,9 @@ from seekr_peft.config import SeekrConfig
 from seekr_peft.errors import ConfigError, DataError, cut, listed
 from seekr_peft.evaluation import evaluate_task
 from seekr_peft.evaluation.general import find_general_tests, read_questions
-from seekr_peft.run import constant_answer_score
+from seekr_peft.run.runner import constant_answer_score
 from seekr_peft.tasks import Task, find_task_problems, read_tasks
-from seekr_peft.tasks.files import named, read_text
+from seekr_peft.tasks.table_files import named, read_text
 
 ROWS = [{"prompt": f"p{index}", "answer": f"a{index}"} for index in range(3)]
 NEWS = Features({"text": Value("string"), "label": ClassLabel(names=["World", "Sports"])})

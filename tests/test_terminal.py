@@ -17,12 +17,12 @@ import pytest
 import yaml
 from rich.console import Console
 from rich.table import Table
-from run_directory_fixture import build_run
-from small_run import small_recipe
+from support.run_directory_fixture import build_run
+from support.small_run import small_recipe
 
 from seekr_peft import cli
-from seekr_peft.progress import RunProgress
 from seekr_peft.report import write_report
+from seekr_peft.run.progress import RunProgress
 from seekr_peft.terminal import TerminalConsole, clean_terminal
 
 HOSTILE = "a\x1b]0;title\x07b\x1b[31mc\x9bd\u202ee"

@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import small_recipe
-from tiny_models import tiny_llama
-from tokenizer_zoo import EXACT, LOSSY, MODELS, UNIGRAM, ZOO, byte_level, characters, unigram, word_piece
+from support.small_run import small_recipe
+from support.tiny_models import tiny_llama
+from support.tokenizer_zoo import EXACT, LOSSY, MODELS, UNIGRAM, ZOO, byte_level, characters, unigram, word_piece
 from tokenizers import AddedToken
 
 from seekr_peft import Task, run_recipe
@@ -364,7 +364,7 @@ def test_choices_have_the_tokens_of_their_text(monkeypatch: pytest.MonkeyPatch) 
         seen.extend(zip(input_ids.tolist(), labels.tolist(), strict=True))
         return torch.zeros(int((labels != -100).sum()), 500), labels[labels != -100]
 
-    monkeypatch.setattr("seekr_peft.forward.answer_logits", logits)
+    monkeypatch.setattr("seekr_peft.model.answers.answer_logits", logits)
     question = {"question": "Which color?", "choices": ["red", "    return x"], "answer": 0}
     multiple_choice(tiny_llama(), tokenizer, [question], 1, 64)
     prompt = "Question: Which color?\nAnswer:"

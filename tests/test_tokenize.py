@@ -15,7 +15,7 @@ from seekr_peft.tasks.tokenize import prompt_room_of
 
 
 def make_tokenizer(template: str = "<s> $A", **special: str) -> PreTrainedTokenizerFast:
-    """One token a character; `template` says which special tokens are put around a text."""
+    """One token a character; ``template`` says which special tokens are put around a text."""
     characters = "".join(map(chr, range(32, 127))) + "\n"
     vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", "<pad>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))

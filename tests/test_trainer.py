@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, nf4_llama, tiny_llama
+from support.tiny_models import VOCABULARY, nf4_llama, tiny_llama
 from torch import Tensor
 
 from seekr_peft import ContinualTrainer, Replay, Seekr, SeekrConfig, Sequential

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from seekr_peft.yaml_text import LARGEST_FILE, MOST_NODES, YamlTextError, parse_yaml, read_yaml
+from seekr_peft.files.yaml_text import LARGEST_FILE, MOST_NODES, YamlTextError, parse_yaml, read_yaml
 
 
 def bomb(levels: int, of: str = "[{}]") -> str:

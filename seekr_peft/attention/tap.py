@@ -4,8 +4,7 @@ How it works. For the call of an attention module of a *selected* layer, forward
 function of its name into the table in which the module looks it up; the stand-in runs the stock kernel on the same
 arguments (so the logits are bitwise those of an untapped model) and hands q, k, v to the observers. The name in the
 configuration stays, since some models (DeepSeek-V3.2) do other things under another. Eager kernels have no such door:
-there the hook reads the weights that the module returns. Everything is undone on exit. May import ``heads``, ``errors``
-and the other attention modules.
+there the hook reads the weights that the module returns. Everything is undone on exit.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError
 from ..heads import HeadSelection
-from . import support
-from .call import AttentionCall, EagerCall, InterfaceCall, QuerySelection
+from . import models as support
+from .capture import AttentionCall, EagerCall, InterfaceCall, QuerySelection
 
 Observer = Callable[[int, AttentionCall], Tensor]
 """Given a layer index and its call, returns what ``AttentionTap.values`` keeps for that layer."""

@@ -1,7 +1,7 @@
 """Several methods side by side on the same base, data, orders, seeds and optimiser steps: ``compare``.
 
-plan.py says which runs there are, checks.py that they are comparable, statistics.py what they say together, answer.py
-says it in words, and this file runs what is missing. May import ``run`` and everything below it.
+``plan`` says which runs there are and this file runs what is missing; ``checks`` says that they are comparable,
+``statistics`` what they say together and ``answer`` the same in words, and ``results`` and ``page`` write it down.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Any
 from filelock import FileLock
 from rich.console import Console
 
-from ..devices import check_one_device
 from ..errors import DivergenceError, RunError, RunInUseError, SeekrError
-from ..recipe import Recipe
-from ..report import write_comparison_page
-from ..run import RECIPE_FILE, is_finished, recipe_difference, run_recipe
-from ..stopping import RunStopped, listening
+from ..model.devices import check_one_device
+from ..recipe.schema import Recipe
+from ..run.runner import RECIPE_FILE, is_finished, recipe_difference, run_recipe
 from ..terminal import TerminalConsole
+from ..training.stopping import RunStopped, listening
 from .checks import FinishedRun, check_comparable
 from .plan import Job, Plan, Variant, plan_comparison
 from .results import TABLE_FILE, Comparison, read_comparison, write_comparison_files
@@ -158,6 +157,8 @@ def _gather(plan: Plan) -> tuple[Comparison, Path]:
     with FileLock(plan.directory / ".lock"):
         comparison = read_comparison(plan, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
         write_comparison_files(comparison, plan.directory)
+        from .page import write_comparison_page  # loads matplotlib
+
         return comparison, write_comparison_page(plan.directory)
 
 

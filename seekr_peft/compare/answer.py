@@ -1,4 +1,4 @@
-"""Is it worth it? A comparison's answer in words. May import ``statistics``."""
+"""Is it worth it? A comparison's answer in words."""
 
 from __future__ import annotations
 

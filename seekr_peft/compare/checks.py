@@ -1,4 +1,4 @@
-"""That runs differ in nothing but what their variants say. May import ``plan``, ``run`` and what lies below them."""
+"""That runs differ in nothing but what their variants say."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..costs import read_costs
 from ..errors import RunError
-from ..manifest import StoredFiles
-from ..run import ENVIRONMENT_FILE, TASKS_FILE
+from ..files.manifest import StoredFiles
+from ..run.runner import ENVIRONMENT_FILE, TASKS_FILE
+from ..run.task_costs import read_costs
 from .plan import Variant
 
 _SAME = {

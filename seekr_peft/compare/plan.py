@@ -1,4 +1,4 @@
-"""Which runs a comparison consists of: variants x orders x seeds. May import ``recipe``, ``methods`` and ``errors``."""
+"""Which runs a comparison consists of: variants x orders x seeds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, cut, shown
-from ..method_names import method_names
 from ..methods import get_method
-from ..recipe import CompareSection, Recipe, load_recipe, task_order
+from ..methods.registry import method_names
+from ..recipe.schema import CompareSection, Recipe, load_recipe, task_order
 
 DEFAULT_METHODS = ("sequential", "replay", "seekr")
 _SET_BY_THE_COMPARISON = ("seed", "output_dir", "tasks.order", "tasks.epochs")

@@ -1,7 +1,4 @@
-"""What the finished runs say together: ``Comparison``, its table and its files.
-
-May import ``plan``, ``checks``, ``statistics`` and what lies below them.
-"""
+"""What the finished runs say together: ``Comparison``, its table and its files."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..costs import COSTS_FILE, read_costs
 from ..errors import printable
 from ..evaluation import FORMULAS, AccuracyMatrix
 from ..evaluation.matrix import JSON_NAME
-from ..manifest import StoredFiles
+from ..files.manifest import StoredFiles
 from ..methods import get_method
-from ..run import is_finished
+from ..run.runner import is_finished
+from ..run.task_costs import COSTS_FILE, read_costs
 from .answer import answer
 from .checks import FinishedRun, check_comparable, what_is_the_same
 from .plan import Job, Plan, Variant

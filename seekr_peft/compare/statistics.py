@@ -1,4 +1,4 @@
-"""Means, spreads and the paired test, on plain numbers. Imports nothing of the package."""
+"""Means, spreads and the paired test, on plain numbers."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
-"""The embedded demo: a tiny base model and four short tasks that contradict each other.
+"""The embedded demo: a tiny base model, four short tasks that contradict each other, and the comparison of methods on
+them.
 
-Lives here: the path of the base model (package data, loads offline). Imports only the standard
-library, so `import seekr_peft.demo` stays cheap; anything may import it.
+``train_base`` made the base that lies in ``base``; ``run`` trains on it. Importing this folder costs no torch.
 """
 
-from pathlib import Path
-
-BASE_PATH = Path(__file__).resolve().parent / "base"
-"""Folder of the demo's base model and tokenizer, as written by `train_base`."""
+from ..model.base_files import DEMO_BASE as BASE_PATH
 
 __all__ = ["BASE_PATH"]

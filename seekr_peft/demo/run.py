@@ -1,7 +1,4 @@
-"""The embedded demo: three methods on four contradicting tasks, measured here and now.
-
-May import everything below ``cli``.
-"""
+"""The embedded demo: three methods on four contradicting tasks, measured here and now."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from rich.table import Table
 
 from ..compare import FinishedRun, Variant, check_comparable
 from ..errors import RunError
-from ..paths import given_path
+from ..files.paths import given_path
 from ..report import write_comparison
-from ..run import RunResult, run_recipe
-from ..stopping import RunStopped, listening
+from ..run.runner import RunResult, run_recipe
 from ..terminal import TerminalConsole
+from ..training.stopping import RunStopped, listening
 
 METHODS = ("sequential", "replay", "seekr")
 MARKER = ".seekr-peft-demo"

@@ -21,10 +21,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from seekr_peft.demo.words import base_lines, vocabulary
+from ..tasks.demo_words import base_lines, vocabulary
 
 PAD, BOS, EOS, UNK = range(4)
-"""Ids of the special tokens, the places they have in `vocabulary`."""
+"""Ids of the special tokens, the places they have in ``vocabulary``."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": len(vocabulary()),

@@ -1,17 +1,14 @@
 """Evaluation: metrics, greedy answers, and the accuracy matrix of a task sequence.
 
+A task's test split goes through ``generation`` into answers, through ``metrics`` into one score, and stands in
+``matrix``; ``general`` measures what no task trains.
+
 Importing it loads neither torch nor transformers nor rouge_score.
 """
 
-from seekr_peft.evaluation.generation import Evaluation, evaluate_task, generate_answers
-from seekr_peft.evaluation.matrix import FORMULAS, AccuracyMatrix
-from seekr_peft.evaluation.metrics import (
-    METRICS,
-    exact_match,
-    option_letter,
-    rouge_l,
-    score_predictions,
-)
+from .generation import Evaluation, evaluate_task, generate_answers
+from .matrix import FORMULAS, AccuracyMatrix
+from .metrics import METRICS, exact_match, option_letter, rouge_l, score_predictions
 
 __all__ = [
     "FORMULAS",

@@ -1,7 +1,4 @@
-"""General ability: what a model can do besides the tasks, by multiple choice and by the loss on held-out text.
-
-May import ``tasks``, ``forward`` and ``errors``; torch inside functions, so that a recipe's tests are found without it.
-"""
+"""General ability: what a model can do besides the tasks, by multiple choice and by the loss on held-out text."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from seekr_peft.errors import DataError, cut, shown
-from seekr_peft.tasks import AnswerCollator, prepare_tokenizer
-from seekr_peft.tasks.files import TABLE_SUFFIXES, named, read_rows, read_text
-from seekr_peft.tasks.samples import check_text
-from seekr_peft.tasks.text import TextCodec, plain_ids
-from seekr_peft.tasks.tokenize import IGNORED_LABEL, shortened
+from ..errors import DataError, cut, shown
+from ..tasks import AnswerCollator, prepare_tokenizer
+from ..tasks.samples import check_text
+from ..tasks.table_files import TABLE_SUFFIXES, named, read_rows, read_text
+from ..tasks.text import TextCodec, plain_ids
+from ..tasks.tokenize import IGNORED_LABEL, shortened
 
 UNITS = {"choice": "fraction right", "text": "nats per token"}
 """What the value of each kind of test is."""
@@ -51,9 +48,10 @@ class GeneralTest:
     def measure(
         self, model: Any, tokenizer: Any, *, n_questions: int, max_tokens: int, batch_size: int, max_length: int
     ) -> float:
-        """The test's value, in the unit of its kind; see `multiple_choice` and `text_loss`.
+        """The test's value, in the unit of its kind; see ``multiple_choice`` and ``text_loss``.
 
-        Of a longer file `n_questions` are drawn, by the test's name alone: the same in every run and after every task.
+        Of a longer file ``n_questions`` are drawn, by the test's name alone: the same in every run and after every
+        task.
         """
         if self.kind == "text":
             # All the logits of a window come back at once; a short window leaves room for several.
@@ -71,8 +69,8 @@ def find_general_tests(
     """The tests of these names, and what is wrong with them, one sentence each; reads file names only.
 
     The test NAME is FOLDER/NAME/test.jsonl (multiple choice; or .csv, .tsv, .parquet) or FOLDER/text/NAME.txt
-    (plain text). FOLDER is `general_path`, or without it `tasks_path` or the folder around that, where benchmarks are
-    often kept together.
+    (plain text). FOLDER is ``general_path``, or without it ``tasks_path`` or the folder around that, where benchmarks
+    are often kept together.
     """
     if general_path:
         folders = [Path(general_path)]
@@ -149,12 +147,12 @@ def _checked_question(row: Any, place: str) -> dict[str, Any]:
 def multiple_choice(
     model: Any, tokenizer: Any, questions: Sequence[Mapping[str, Any]], batch_size: int, max_length: int
 ) -> float:
-    """The fraction of `questions` whose right choice has the highest score; of equal scores the first counts.
+    """The fraction of ``questions`` whose right choice has the highest score; of equal scores the first counts.
 
     The score of a choice is the mean log-probability per token (nats) of its own text after "Question: ...\\nAnswer:".
     This is the cloze form: the choices are not listed in the prompt and no letter is asked for, because small base
     models do not tie letters to choices. The mean instead of the sum keeps long choices from losing for their length
-    (`acc_norm` of the lm-evaluation-harness, there per byte). Chance level is 1 / number of choices.
+    (``acc_norm`` of the lm-evaluation-harness, there per byte). Chance level is 1 / number of choices.
 
     The model is in eval mode meanwhile; every module's mode is as before afterwards. Logits are computed only where
     some choice of the batch is predicted, and only those of the choices' own tokens go through a softmax.
@@ -163,12 +161,12 @@ def multiple_choice(
         questions: each with question (text), choices (texts) and answer (index of the right one).
         batch_size: choices a forward pass; each is a sequence of its own, padded on the right.
         max_length: tokens of prompt and choice at most. A longer prompt loses its middle, the same for all choices of
-            a question; a choice loses what goes beyond half of `max_length`.
+            a question; a choice loses what goes beyond half of ``max_length``.
     """
     import torch
     import torch.nn.functional as F
 
-    from seekr_peft.forward import answer_logits, evaluation_mode, model_device
+    from ..model.answers import answer_logits, evaluation_mode, model_device
 
     prepare_tokenizer(tokenizer)
     samples = [sample for question in questions for sample in _choice_samples(tokenizer, question, max_length)]
@@ -195,7 +193,7 @@ def multiple_choice(
 
 
 def _choice_samples(tokenizer: Any, question: Mapping[str, Any], max_length: int) -> list[dict[str, Any]]:
-    """One sample a choice, without end-of-sequence: `input_ids`, `labels` (-100 on the prompt) and `n_answer`."""
+    """One sample a choice, without end-of-sequence: ``input_ids``, ``labels`` (-100 on the prompt) and ``n_answer``."""
     codec, texts = TextCodec(tokenizer), question["choices"]
     questions = codec.questions([f"Question: {question['question'].strip()}\nAnswer:"] * len(texts))
     whole = codec.prompt_ids(questions)
@@ -208,7 +206,7 @@ def _choice_samples(tokenizer: Any, question: Mapping[str, Any], max_length: int
 
 
 def text_loss(model: Any, tokenizer: Any, text: str, max_tokens: int, window: int, batch_size: int) -> float:
-    """Mean cross-entropy of the first `max_tokens` tokens of `text`, in nats per token; its exp is the perplexity.
+    """Mean cross-entropy of the first ``max_tokens`` tokens of ``text``, in nats per token; its exp is the perplexity.
 
     The tokens are cut into windows that do not overlap and do not see one another. Each window begins with the special
     tokens that the tokenizer puts in front of a text; without any, a window's first token is not predicted.
@@ -226,7 +224,7 @@ def text_loss(model: Any, tokenizer: Any, text: str, max_tokens: int, window: in
     import torch
     import torch.nn.functional as F
 
-    from seekr_peft.forward import evaluation_mode, model_device
+    from ..model.answers import evaluation_mode, model_device
 
     prepare_tokenizer(tokenizer)
     front = TextCodec(tokenizer).front

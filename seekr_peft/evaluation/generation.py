@@ -1,8 +1,4 @@
-"""Answers of a model to prompts by greedy decoding, and the score of a task.
-
-Imports `seekr_peft.errors`, `tasks` and `evaluation.metrics`; torch and transformers inside
-functions.
-"""
+"""Answers of a model to prompts by greedy decoding, and the score of a task."""
 
 from __future__ import annotations
 
@@ -12,17 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError, shown
-from seekr_peft.evaluation.metrics import score_predictions
-from seekr_peft.tasks.task import Task, instructions_of, prompts_of
-from seekr_peft.tasks.text import Conversation, Prompt, TextCodec
-from seekr_peft.tasks.tokenize import (
-    SMALLEST_MAX_LENGTH,
-    AnswerCollator,
-    SampleTokens,
-    prepare_tokenizer,
-    shortened,
-)
+from ..errors import DataError, shown
+from ..tasks.task import Task, instructions_of, prompts_of
+from ..tasks.text import Conversation, Prompt, TextCodec
+from ..tasks.tokenize import SMALLEST_MAX_LENGTH, AnswerCollator, SampleTokens, prepare_tokenizer, shortened
+from .metrics import score_predictions
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -48,16 +38,16 @@ def evaluate_task(
     max_length: int = 512,
     check_answers: bool = True,
 ) -> Evaluation:
-    """Answer the test prompts of `task` and score them with its metric; see `generate_answers`.
+    """Answer the test prompts of ``task`` and score them with its metric; see ``generate_answers``.
 
     A model is asked the very tokens that stand before the answers in training, cut as there: to what the task's longest
-    answer leaves of `max_length`.
+    answer leaves of ``max_length``.
 
     Args:
-        check_answers: warn of answers that can never be scored right; see `find_unreachable`.
+        check_answers: warn of answers that can never be scored right; see ``find_unreachable``.
 
     Raises:
-        DataError: the task has no test samples; and as `generate_answers`.
+        DataError: the task has no test samples; and as ``generate_answers``.
     """
     test = task.test_set()
     prompts, answers = prompts_of(test), list(test["answer"])
@@ -100,8 +90,8 @@ def find_unreachable(task: Task, tokenizer: Any) -> list[tuple[str, str]]:
 
 
 def warn_of_unreachable(task: Task, tokenizer: Any, max_new_tokens: int | None = None) -> None:
-    """One warning with the number of `find_unreachable` and an example, one of answers that a chat template changes,
-    and one of answers that are longer than `max_new_tokens`; nothing where there are none."""
+    """One warning with the number of ``find_unreachable`` and an example, one of answers that a chat template changes,
+    and one of answers that are longer than ``max_new_tokens``; nothing where there are none."""
     n_test = len(task.test_set())
     changed = [*_changed_by_template(task.test, tokenizer), *_changed_by_template(task.train, tokenizer)]
     if changed:
@@ -160,11 +150,11 @@ def generate_answers(
 ) -> list[str]:
     """The greedy answer to each prompt, up to its end: end-of-sequence, or the end of a turn in the chat template.
 
-    An answer is the text that follows the prompt, without what separates the two (see `tasks.text`) and without
+    An answer is the text that follows the prompt, without what separates the two (see ``tasks.text``) and without
     whitespace at its end. Its own indentation and special tokens stay.
 
     The model, plain or a PeftModel, is in eval mode meanwhile; every module's mode and the config's
-    `use_cache` are as before afterwards. Prompts are batched by length, which changes the speed
+    ``use_cache`` are as before afterwards. Prompts are batched by length, which changes the speed
     only: the answers come in the order of the prompts. A batch that does not fit into the GPU's
     memory is halved until it does.
 
@@ -259,7 +249,7 @@ def _greedy(tokenizer: Any, ends: list[int], max_new_tokens: int) -> GenerationC
 
 
 def prompt_room(model: Any, max_length: int, max_new_tokens: int) -> int:
-    """Tokens a prompt may have: `max_length`, or what the model's positions leave."""
+    """Tokens a prompt may have: ``max_length``, or what the model's positions leave."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return max_length

@@ -1,7 +1,6 @@
 """The accuracy matrix of a task sequence, and what is read off it: OP, BWT, forgetting, FWT.
 
-a[i, j] is the score of task i after training task j. Imports `seekr_peft.errors`, `files`, `tasks.files` and the
-names of `tasks.samples`, and neither torch nor transformers; rich inside a function.
+a[i, j] is the score of task i after training task j.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError, listed, shown
-from seekr_peft.files import write_text
-from seekr_peft.tasks.files import read_text
-from seekr_peft.tasks.samples import suggestion
+from ..errors import DataError, listed, shown
+from ..files.atomic import write_text
+from ..tasks.samples import suggestion
+from ..tasks.table_files import read_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +40,7 @@ CSV_NAME = "accuracy_matrix.csv"
 class AccuracyMatrix:
     """Scores a[i, j] of task i after training task j; tasks keep the order they are trained in.
 
-    A score of a task that was not trained yet (i > j) is stored apart: `fwt` alone uses it.
+    A score of a task that was not trained yet (i > j) is stored apart: ``fwt`` alone uses it.
 
     Args:
         task_names: different names, in the order of training.
@@ -69,7 +68,7 @@ class AccuracyMatrix:
         return self._square(self._scores)
 
     def record(self, *, after: str, on: str, score: float) -> None:
-        """Store the score of task `on` after training task `after`; a later record replaces it.
+        """Store the score of task ``on`` after training task ``after``; a later record replaces it.
 
         Raises:
             DataError: an unknown task, or a score that is no finite number from 0 to 1.
@@ -80,18 +79,18 @@ class AccuracyMatrix:
         scores[cell] = value
 
     def score(self, *, after: str, on: str) -> float | None:
-        """The recorded score of `on` after training `after`; None = not recorded."""
+        """The recorded score of ``on`` after training ``after``; None = not recorded."""
         cell = self._index(on), self._index(after)
         return (self._scores if cell[0] <= cell[1] else self._before_training).get(cell)
 
     def retention(self, task: str) -> list[tuple[str, float]]:
-        """Pairs (task trained last, score of `task`), from its own training on."""
+        """Pairs (task trained last, score of ``task``), from its own training on."""
         row = self.scores[self._index(task)]
         pairs = zip(self.task_names, row, strict=True)
         return [(after, score) for after, score in pairs if score is not None]
 
     def op(self, after: str | None = None) -> float:
-        """Overall performance: the mean score of all trained tasks, after training `after`.
+        """Overall performance: the mean score of all trained tasks, after training ``after``.
 
         Args:
             after: None = the last task after which all tasks up to it are recorded.
@@ -105,21 +104,21 @@ class AccuracyMatrix:
     def bwt(self, after: str | None = None) -> float:
         """Backward transfer: mean change of the earlier tasks since their training.
 
-        Forgetting makes it negative; with one trained task it is 0.0. Arguments and errors as `op`,
+        Forgetting makes it negative; with one trained task it is 0.0. Arguments and errors as ``op``,
         and a DataError when the score of a task right after its own training is missing.
         """
         last = self._last(after)
         return _mean([self._scores[i, last] - self._own(i) for i in range(last)])
 
     def bwt_divided_by_all_tasks(self, after: str | None = None) -> float:
-        """The sum of `bwt` divided by K, not K - 1: the figure of SEEKR's released script."""
+        """The sum of ``bwt`` divided by K, not K - 1: the figure of SEEKR's released script."""
         last = self._last(after)
         return self.bwt(after) * last / (last + 1)
 
     def forgetting(self, after: str | None = None) -> float:
         """Mean fall of the earlier tasks from their best score before (Chaudhry et al. 2018).
 
-        With one trained task 0.0. Arguments and errors as `bwt`.
+        With one trained task 0.0. Arguments and errors as ``bwt``.
         """
         last = self._last(after)
         falls = []
@@ -130,7 +129,7 @@ class AccuracyMatrix:
         return _mean(falls)
 
     def fwt(self, baseline: Mapping[str, float], after: str | None = None) -> float:
-        """Forward transfer: mean gain of a task, just before its own training, over `baseline`.
+        """Forward transfer: mean gain of a task, just before its own training, over ``baseline``.
 
         Args:
             baseline: score of each task but the first, by the untrained model.
@@ -165,7 +164,7 @@ class AccuracyMatrix:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AccuracyMatrix:
-        """The matrix that `to_dict` made; figures are computed anew, not read.
+        """The matrix that ``to_dict`` made; figures are computed anew, not read.
 
         Raises:
             DataError: missing keys, another shape than tasks x tasks, or a bad score.
@@ -234,7 +233,7 @@ class AccuracyMatrix:
         return self.task_names.index(name)
 
     def _missing(self, column: int) -> list[str]:
-        """Tasks up to `column` without a score after it."""
+        """Tasks up to ``column`` without a score after it."""
         return [self.task_names[i] for i in range(column + 1) if (i, column) not in self._scores]
 
     def _last(self, after: str | None) -> int:

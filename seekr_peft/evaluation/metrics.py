@@ -1,7 +1,4 @@
-"""Scores of one prediction against one answer, each from 0 to 1.
-
-Imports `seekr_peft.errors` and the names of `tasks`; rouge_score inside functions.
-"""
+"""Scores of one prediction against one answer, each from 0 to 1."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from seekr_peft.errors import DataError, shown
-from seekr_peft.tasks.samples import suggestion
+from ..errors import DataError, shown
+from ..tasks.samples import suggestion
 
 _LATIN = r"A-Za-z0-9\u00C0-\u024F"
 _OPTION = re.compile(rf"(?<![{_LATIN}'\u2019])[A-H](?![{_LATIN}'\u2019])")
@@ -86,7 +83,7 @@ def score_predictions(metric: str, predictions: Sequence[str], answers: Sequence
 
 
 class UnicodeTokenizer:
-    """Lower-case words for rouge_score; its interface asks for one method, `tokenize`."""
+    """Lower-case words for rouge_score; its interface asks for one method, ``tokenize``."""
 
     def tokenize(self, text: str) -> list[str]:
         text = unicodedata.normalize("NFC", text).lower()

@@ -1,4 +1,8 @@
-"""The replay memory: samples and teacher signals on disk. May import ``heads``, ``attention``, ``losses``."""
+"""The replay memory: samples and teacher signals on disk.
+
+``samples`` chooses what is kept, ``codec`` packs the teacher's rows, ``storage`` writes and reads a task's folder,
+``memory`` draws from all tasks, and ``batch`` pads what was drawn for one forward.
+"""
 
 from .batch import LayerTeacher, ReplayBatch, collate
 from .memory import ReplayMemory

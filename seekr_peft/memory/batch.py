@@ -1,8 +1,7 @@
 """A replay batch: padded samples of several tasks with their teachers' rows and logits, ready for one forward.
 
 Samples of different tasks have different selected heads (a selection is frozen with its task), so each layer gets
-pairs of a sample and a head: what a batch holds and costs does not grow with the number of tasks that it mixes. May
-import ``storage`` and ``codec``.
+pairs of a sample and a head: what a batch holds and costs does not grow with the number of tasks that it mixes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..attention.rows import HeadPairs, TeacherRows
+from ..attention.row_math import HeadPairs, TeacherRows
 from ..heads import HeadSelection
 from ..losses import IGNORED, TeacherDistributions
 from .codec import SparseRows

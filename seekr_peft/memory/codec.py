@@ -2,7 +2,7 @@
 in the default coding.
 
 A row is a handful of (index, probability) entries and one remaining mass. Rows differ in their number of entries, so
-their entries lie behind one another in flat arrays. Pure tensor code. May import nothing of the package.
+their entries lie behind one another in flat arrays. Pure tensor code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""``ReplayMemory``: the memories of all finished tasks and the endless, seeded order in which they are replayed.
-
-May import ``storage``, ``batch``, ``codec``, ``samples``, ``losses``, ``manifest`` and ``errors``.
-"""
+"""``ReplayMemory``: the memories of all finished tasks and the endless, seeded order in which they are replayed."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ..errors import MemoryFormatError
+from ..files.manifest import MANIFEST_FILE, folder_damages
 from ..losses import TeacherDistributions
-from ..manifest import MANIFEST_FILE, folder_damages
 from .batch import ReplayBatch, collate_flat
 from .codec import unpack
 from .storage import HEADER_FILE, WEIGHTS_FILE, TaskMemory

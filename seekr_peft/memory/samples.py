@@ -1,11 +1,8 @@
-"""Replay samples: which training samples are kept, and which of their query positions.
-
-May import ``config``, ``inputs`` and ``errors``.
-"""
+"""Replay samples: which training samples are kept, and which of their query positions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +11,7 @@ from torch import Tensor
 
 from ..config import QueryChoice
 from ..errors import DataError
-from ..inputs import check_sample
+from ..tasks.inputs import check_sample
 
 SampleSelector = Callable[[Any, int, int], Sequence[int]]
 """``(dataset, count, seed) -> indices`` of the samples to keep."""
@@ -28,6 +25,22 @@ class ReplaySample:
     input_ids: Tensor
     labels: Tensor
     queries: Tensor
+
+
+def check_token_ids(samples: Iterable[ReplaySample], embedding_rows: int) -> None:
+    """Refuse samples whose tokens or labels a model of so many embeddings has no row for.
+
+    Raises:
+        DataError: One has.
+    """
+    for place, sample in enumerate(samples):
+        for key, ids in (("input_ids", sample.input_ids), ("labels", sample.labels)):
+            if len(ids) and int(ids.max()) >= embedding_rows:
+                raise DataError(
+                    f"replay sample {place} has token id {int(ids.max())} in its {key}, but the model has "
+                    f"{embedding_rows} embeddings; call model.resize_token_embeddings(len(tokenizer)) before "
+                    f"get_peft_model."
+                )
 
 
 def replay_count(n_train: int, replay_ratio: float) -> int:

@@ -10,8 +10,7 @@ Format 3. All samples of a task are concatenated, with offsets (n_samples + 1,) 
     rows.values          (entries,)                    rows.value_offsets    8-bit log-probabilities, or floats
     logits.*             the same six, a row for each answer token (answer_offsets); gaps int16
 
-``codec`` says how a row is coded. May import ``samples``, ``codec``, ``heads``, ``attention``, ``losses``, ``files``
-and ``errors``.
+``codec`` says how a row is coded.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..attention.rows import TeacherRows
+from ..attention.row_math import TeacherRows
 from ..errors import MemoryFormatError
-from ..files import save_tensors, write_json
+from ..files.atomic import save_tensors, write_json
 from ..heads import HeadSelection
 from ..losses import IGNORED, TeacherDistributions, answer_positions
 from .codec import PackedRows, SparseRows, StorageDtype, longest_gap, mass_bytes, pack, unpack, value_bytes

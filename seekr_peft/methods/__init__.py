@@ -1,21 +1,35 @@
-"""The methods, one file each behind ``ContinualMethod``. May import everything below it, never the trainer."""
+"""The methods, one file each behind ``ContinualMethod``, and the scores and the rhythm that they share.
+
+A batch of new samples goes into a method's replay step, which answers with the loss terms of its replay memory; each
+class is loaded on first use, so that the names in ``registry`` cost no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..method_names import ENTRY_POINT_GROUP, find_entry_point, method_names
-from .base import ContinualMethod
-from .ewc import Ewc
-from .lwf import Lwf
-from .multitask import Multitask
-from .olora import OLora
-from .replay import Replay
-from .replay_logits import ReplayLogits
-from .seekr import Seekr
-from .sequential import Sequential
+from .registry import ENTRY_POINT_GROUP, OWN_METHODS, find_entry_point, method_names
 
-METHODS: dict[str, type[ContinualMethod]] = {
-    method.name: method for method in (Sequential, Replay, ReplayLogits, Seekr, Lwf, Ewc, OLora, Multitask)
-}
-"""The package's own methods; ``get_method`` finds installed ones as well."""
+if TYPE_CHECKING:
+    from .base import ContinualMethod as ContinualMethod
+    from .ewc import Ewc as Ewc
+    from .lwf import Lwf as Lwf
+    from .multitask import Multitask as Multitask
+    from .olora import OLora as OLora
+    from .replay import Replay as Replay
+    from .replay_logits import ReplayLogits as ReplayLogits
+    from .seekr import Seekr as Seekr
+    from .sequential import Sequential as Sequential
+
+_HOMES = {"ContinualMethod": "base"} | {class_name: module for module, class_name in OWN_METHODS.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def get_method(name: str) -> type[ContinualMethod]:
@@ -24,8 +38,10 @@ def get_method(name: str) -> type[ContinualMethod]:
     Raises:
         ConfigError: There is none, or the entry point is no ``ContinualMethod``.
     """
-    if name in METHODS:
-        return METHODS[name]
+    from .base import ContinualMethod
+
+    if name in OWN_METHODS:
+        return getattr(import_module(f".{name}", __name__), OWN_METHODS[name])  # type: ignore[no-any-return]
     entry_point = find_entry_point(name)
     if entry_point is None:
         raise ConfigError(f"method {name!r} is unknown; choose one of {', '.join(method_names())}.")
@@ -39,7 +55,6 @@ def get_method(name: str) -> type[ContinualMethod]:
 
 
 __all__ = [
-    "METHODS",
     "ContinualMethod",
     "Ewc",
     "Lwf",

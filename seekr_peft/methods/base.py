@@ -1,4 +1,4 @@
-"""``ContinualMethod``: what the trainer and a run know of any method. May import everything below ``methods``."""
+"""``ContinualMethod``: what the trainer and a run know of any method."""
 
 from __future__ import annotations
 
@@ -17,17 +17,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..adapters import AdapterStack, Mode, RankLimit
-from ..attention.support import base_transformer
+from ..attention.models import base_transformer
 from ..config import SeekrConfig
-from ..devices import check_one_process
-from ..divergence import Moment, check_adapter
-from ..effect import probe_tokens, unchanged_outputs
 from ..errors import ConfigError, RunError
-from ..files import checksum, partial_path, read_object, replacing_folder, scratch_folder
-from ..inputs import check_rows
-from ..losses import ReplayTerms
-from ..manifest import (
+from ..files.atomic import checksum, partial_path, read_object, replacing_folder, scratch_folder
+from ..files.manifest import (
     MANIFEST_FILE,
     TASKS_DIRECTORY,
     Ledger,
@@ -39,9 +33,15 @@ from ..manifest import (
     task_number,
     write_manifest,
 )
-from ..manifest import METHOD_FILE as STATE_FILE
-from ..model_kind import base_fingerprint, check_model
-from ..paths import given_path
+from ..files.manifest import METHOD_FILE as STATE_FILE
+from ..files.paths import given_path
+from ..losses import ReplayTerms
+from ..model.adapter_effect import probe_tokens, unchanged_outputs
+from ..model.adapter_stack import AdapterStack, Mode, RankLimit
+from ..model.devices import check_one_process
+from ..model.kind import base_fingerprint, check_model
+from ..tasks.inputs import check_rows
+from .divergence import Moment, check_adapter
 from .own_loop import GivenGradient, StepCounter
 
 logger = logging.getLogger("seekr_peft")
@@ -183,7 +183,7 @@ class ContinualMethod:
 
         An exception inside the block drops the task's adapter; the earlier tasks stay as they were. So does a model
         whose outputs on a few tokens (of its training set, or random ones) are others once the task's adapter and the
-        earlier ones are one: see ``effect`` for the tolerance.
+        earlier ones are one: see ``model.adapter_effect`` for the tolerance.
         """
         self._check_name(name)
         if optimizer_steps is not None and optimizer_steps < 1:

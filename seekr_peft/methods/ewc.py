@@ -1,7 +1,4 @@
-"""EWC: parameters that mattered for earlier tasks are held in place (arXiv 1612.00796).
-
-May import ``base`` and ``memory``.
-"""
+"""EWC: parameters that mattered for earlier tasks are held in place (arXiv 1612.00796)."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import MemoryFormatError
-from ..files import save_tensors
-from ..forward import answer_logits, evaluation_mode, input_names, model_device
+from ..files.atomic import save_tensors
 from ..losses import label_loss
 from ..memory import ReplaySample, choose_samples
+from ..model.answers import answer_logits, evaluation_mode, input_names, model_device
 from .base import ContinualMethod
 
 FISHER_FILE = "fisher.safetensors"

@@ -1,7 +1,4 @@
-"""LwF: the model before the task teaches on the new task's own samples (arXiv 1606.09282).
-
-May import ``base``, ``rhythm`` and ``memory``.
-"""
+"""LwF: the model before the task teaches on the new task's own samples (arXiv 1606.09282)."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..forward import answer_logits, evaluation_mode, input_names, model_device, pad_token_id
 from ..heads import HeadSelection
 from ..losses import ReplayTerms, softened_kl
 from ..memory import ReplayBatch, ReplaySample, TeacherSignals, choose_samples, collate
+from ..model.answers import answer_logits, evaluation_mode, input_names, model_device, pad_token_id
 from .base import ContinualMethod
 from .rhythm import Rhythm
 

@@ -1,4 +1,4 @@
-"""All tasks at once: the upper bound. May import ``base``."""
+"""All tasks at once: the upper bound."""
 
 from typing import ClassVar
 

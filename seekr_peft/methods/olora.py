@@ -1,4 +1,4 @@
-"""O-LoRA: each task's adapter is kept orthogonal to the earlier ones (arXiv 2310.14152). May import ``base``."""
+"""O-LoRA: each task's adapter is kept orthogonal to the earlier ones (arXiv 2310.14152)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """What a hand-written training loop does to a method's replay loss: which optimiser step a call belongs to, and how the
-loss is weighted on its way back. Imports nothing from the package."""
+loss is weighted on its way back.
+"""
 
 from __future__ import annotations
 

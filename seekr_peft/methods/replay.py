@@ -1,4 +1,4 @@
-"""Plain replay: train on the labels of the kept samples again. May import ``base``, ``rhythm`` and ``memory``."""
+"""Plain replay: train on the labels of the kept samples again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..config import SeekrConfig
-from ..forward import answer_logits, input_names, model_device, pad_token_id
 from ..losses import ReplayTerms, combine, label_loss
 from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples, estimate_bytes
-from ..memory.samples import SELECTORS, SampleSelector
-from ..model_kind import check_token_ids, embedding_rows
+from ..memory.samples import SELECTORS, SampleSelector, check_token_ids
+from ..model.answers import answer_logits, input_names, model_device, pad_token_id
+from ..model.kind import embedding_rows
 from .base import ContinualMethod
 from .rhythm import Rhythm, plan_rhythm
 
@@ -56,7 +56,7 @@ class Replay(ContinualMethod):
             self.config.query_choice,
             input_names(self.model),
         )
-        check_token_ids(self._samples, self.model)
+        check_token_ids(self._samples, embedding_rows(self.model))
         self._stream = self._batches()
 
     def go_to(self, place: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Replay with the teacher's logits, in the manner of DER++ (arXiv 2004.07211). May import ``seekr``."""
+"""Replay with the teacher's logits, in the manner of DER++ (arXiv 2004.07211)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When replay happens: a pure function of the step number. Imports nothing from the package."""
+"""When replay happens: a pure function of the step number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SEEKR: replay with the teacher's logits and with the attention of the heads that matter. May import ``replay``."""
+"""SEEKR: replay with the teacher's logits and with the attention of the heads that matter."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attention import AttentionTap, head_shape
-from ..attention.call import AttentionCall
-from ..attention.support import attention_modules, base_transformer, check_capture, uses_reentrant_checkpointing
+from ..attention.capture import AttentionCall
+from ..attention.models import attention_modules, base_transformer, check_capture, uses_reentrant_checkpointing
 from ..config import SeekrConfig
 from ..errors import CaptureError, MemoryFormatError
-from ..files import save_tensors
-from ..forward import answer_logits
+from ..files.atomic import save_tensors
+from ..files.manifest import StoredFiles
 from ..heads import HeadSelection, ImportanceRecord
 from ..losses import ReplayTerms, combine, label_loss, logits_kl
-from ..manifest import StoredFiles
 from ..memory import PackedSignals, ReplayBatch, TaskMemory, TeacherQuality, estimate_bytes
-from ..scoring import score_heads, teach
+from ..model.answers import answer_logits
 from .base import logger
+from .head_scores import score_heads, teach
 from .replay import Replay
 
 IMPORTANCE_FILE = "importance.safetensors"

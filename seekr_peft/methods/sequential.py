@@ -1,4 +1,4 @@
-"""Sequential fine-tuning: the lower bound. May import ``base``."""
+"""Sequential fine-tuning: the lower bound."""
 
 from typing import ClassVar
 

@@ -1,9 +1,7 @@
 """What a run looks like: one HTML page, its figures, and a summary for the terminal.
 
-reading.py turns a run directory into a `RunRecord`, figures.py draws, page.py writes the pages and
-inspect.py prints; comparison_reading.py, comparison_figures.py and comparison_page.py do the same for
-a comparison of many runs. Nothing here imports torch, and matplotlib is loaded only when a page is asked
-for. Imports nothing but errors.py from the rest of the package.
+``reading`` turns a run directory into a ``RunRecord``, ``figures`` draws it, ``page`` writes it and ``inspect`` prints
+it; nothing here imports torch, and matplotlib is loaded only when a page is asked for.
 """
 
 from __future__ import annotations
@@ -12,19 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seekr_peft.report.comparison_page import write_comparison_page
-    from seekr_peft.report.inspect import render_inspection
-    from seekr_peft.report.page import write_comparison, write_report
-    from seekr_peft.report.reading import RunRecord, read_run
+    from .inspect import render_inspection
+    from .page import write_comparison, write_report
+    from .reading import RunRecord, read_run
 
-__all__ = ["RunRecord", "read_run", "render_inspection", "write_comparison", "write_comparison_page", "write_report"]
+__all__ = ["RunRecord", "read_run", "render_inspection", "write_comparison", "write_report"]
 
 _HOME = {
     "RunRecord": "reading",
     "read_run": "reading",
     "render_inspection": "inspect",
     "write_comparison": "page",
-    "write_comparison_page": "comparison_page",
     "write_report": "page",
 }
 

@@ -1,7 +1,7 @@
 """Draws the figures of a report with matplotlib's objects (no pyplot, no global state), and renders
 them to PNG.
 
-Every function takes records from reading.py and returns a `Figure`, or None where the run has
+Every function takes records from ``reading`` and returns a ``Figure``, or None where the run has
 nothing to draw. Colours: cividis for amounts, the Okabe-Ito palette for lines; both survive the
 common kinds of colour blindness.
 """
@@ -28,14 +28,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from seekr_peft.report.reading import (
-    LOSS_TERMS,
-    GeneralCurve,
-    HeadImportance,
-    RunRecord,
-    numbered_names,
-    shorten,
-)
+from .reading import LOSS_TERMS, GeneralCurve, HeadImportance, RunRecord, numbered_names, shorten
 
 DOTS_PER_INCH = 160
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -91,7 +84,7 @@ def look(position: int) -> dict[str, Any]:
 
 
 def legend_columns(labels: Collection[str], width: float) -> int:
-    """How many columns of a legend with these labels fit into `width` inches."""
+    """How many columns of a legend with these labels fit into ``width`` inches."""
     return min(len(labels), max(1, int(width / (0.45 + 0.09 * max(map(len, labels))))))
 
 
@@ -164,7 +157,7 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
 def draw_retention(runs: dict[str, RunRecord], places: Sequence[int] | None = None) -> Figure:
     """One panel a task, one line a run: accuracy (%) of the task after each later one.
 
-    `places` gives each run the look of its place in a longer list.
+    ``places`` gives each run the look of its place in a longer list.
     """
     places = places or range(len(runs))
     tasks = next(iter(runs.values())).tasks
@@ -222,7 +215,7 @@ def _draw_task_curves(axes: Axes, runs: dict[str, RunRecord], task: int, places:
 def draw_general(runs: dict[str, RunRecord], places: Sequence[int] | None = None) -> Figure | None:
     """One panel a test of general ability, one line a run: its value before the first task (0) and after each.
 
-    The first value of the first run that has one is dashed. `places` as in draw_retention.
+    The first value of the first run that has one is dashed. ``places`` as in draw_retention.
     """
     places = places or range(len(runs))
     measured = [

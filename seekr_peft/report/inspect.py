@@ -1,7 +1,6 @@
-"""What `seekr-peft inspect RUN` prints: the state of a run directory in a terminal.
+"""What ``seekr-peft inspect RUN`` prints: the state of a run directory in a terminal.
 
-Imports reading.py and rich, no matplotlib. Text from files is put into `Text`, never parsed as
-rich's markup.
+Text from files is put into ``Text``, never parsed as rich's markup.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from seekr_peft.report.reading import RunRecord, numbered_names, read_run
+from .reading import RunRecord, numbered_names, read_run
 
 DASH = "–"
 NAME_LIMIT = 28

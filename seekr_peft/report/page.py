@@ -1,7 +1,7 @@
 """Writes report.html for one run, and one page that shows several runs side by side.
 
 A page is one file: inline CSS, figures as base64 PNG, no script. Every string that comes from a
-file of the run goes through jinja2's autoescape. Imports reading.py and figures.py.
+file of the run goes through jinja2's autoescape.
 """
 
 from __future__ import annotations
@@ -17,17 +17,10 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from seekr_peft.errors import RunError, printable
-from seekr_peft.paths import given_path
-from seekr_peft.report import figures
-from seekr_peft.report.reading import (
-    LOSS_TERMS,
-    HeadImportance,
-    RunRecord,
-    TaskMemory,
-    read_predictions,
-    read_run,
-)
+from ..errors import RunError, printable
+from ..files.paths import given_path
+from . import figures
+from .reading import LOSS_TERMS, HeadImportance, RunRecord, TaskMemory, read_predictions, read_run
 
 OP_FORMULA = "OP = mean of the last column, a[i,K] over i"
 BWT_FORMULA = "BWT = 1/(K−1) · Σ over i<K of (a[i,K] − a[i,i])"
@@ -38,7 +31,7 @@ ANSWERS_SHOWN = 3
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure as the template needs it; `width` in CSS pixels at natural size."""
+    """One figure as the template needs it; ``width`` in CSS pixels at natural size."""
 
     name: str
     alt: str
@@ -52,9 +45,9 @@ class Picture:
 
 
 def write_report(run_directory: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of one run, and its figures into `figures/` beside the page.
+    """Write the page of one run, and its figures into ``figures/`` beside the page.
 
-    `out` is the page's path, or an existing folder to put report.html in; by default
+    ``out`` is the page's path, or an existing folder to put report.html in; by default
     RUN/report.html. Returns the path of the page. Raises RunError when the directory is not a run
     directory or a file in it is broken.
     """
@@ -76,7 +69,7 @@ def write_report(run_directory: str | Path, out: str | Path | None = None) -> Pa
 def write_comparison(runs: dict[str, Path], out_directory: str | Path, title: str = "Methods side by side") -> Path:
     """Write OUT/comparison.html, which shows several runs of the same tasks side by side.
 
-    `runs` maps the label of each run, usually its method, to its run directory; the order is kept.
+    ``runs`` maps the label of each run, usually its method, to its run directory; the order is kept.
     The two figures that hold all the runs are also written to OUT/figures. Raises RunError when the
     runs have other tasks or another order.
     """
@@ -204,7 +197,7 @@ def _head_words(heads: HeadImportance) -> str:
 
 
 def run_view(anchor: str, run: RunRecord, pictures: dict[str, Picture], label: str | None = None) -> dict[str, Any]:
-    """Everything the template shows of one run, formatted; `anchor` keeps the page's ids apart."""
+    """Everything the template shows of one run, formatted; ``anchor`` keeps the page's ids apart."""
     return {
         "anchor": anchor,
         "label": label or run.method,
@@ -325,7 +318,7 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def render(template: str, **content: Any) -> str:
-    """A page from a file of templates/; every string in `content` is escaped."""
+    """A page from a file of templates/; every string in ``content`` is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("seekr_peft.report"),
         autoescape=True,
@@ -339,7 +332,7 @@ def render(template: str, **content: Any) -> str:
 
 
 def write_figures(folder: Path, pictures: dict[str, Picture], names: list[str]) -> None:
-    """Write the pictures and remove those of `names` that an earlier report left and this one
+    """Write the pictures and remove those of ``names`` that an earlier report left and this one
     lacks.
     """
     for name in names:

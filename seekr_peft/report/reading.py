@@ -1,9 +1,8 @@
-"""Reads one run directory into a `RunRecord`, without torch.
+"""Reads one run directory into a ``RunRecord``, without torch.
 
 Only state.json and (once a task is finished) accuracy_matrix.json must be there. Whatever else is
-missing is `None` or empty in the record, so that a run of any method, stopped at any point, can be
-shown; but a file that the run's manifests list must be what was written. Imports errors.py,
-manifest.py and yaml_text.py.
+missing is ``None`` or empty in the record, so that a run of any method, stopped at any point, can be
+shown; but a file that the run's manifests list must be what was written.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from seekr_peft.errors import RunError, printable
-from seekr_peft.manifest import StoredFiles
-from seekr_peft.paths import given_path
-from seekr_peft.yaml_text import YamlTextError, read_yaml
+from ..errors import RunError, printable
+from ..files.manifest import StoredFiles
+from ..files.paths import given_path
+from ..files.yaml_text import YamlTextError, read_yaml
 
 LOSS_TERMS = {
     "loss": "task loss",
@@ -84,7 +83,7 @@ class HeadImportance:
 
 @dataclass(frozen=True)
 class GeneralCurve:
-    """One test of general ability. `values` is (n,) float64, before the first task and after each of the tasks up to
+    """One test of general ability. ``values`` is (n,) float64, before the first task and after each of the tasks up to
     the last measurement, NaN where there is none: a fraction right of multiple choice ('choice'), or nats per token of
     a 'text'.
     """
@@ -95,7 +94,7 @@ class GeneralCurve:
 
     @property
     def shown(self) -> np.ndarray:
-        """`values` as they are shown: fractions in percent."""
+        """``values`` as they are shown: fractions in percent."""
         return self.values if self.kind == "text" else 100 * self.values
 
     def words(self) -> str:
@@ -113,7 +112,7 @@ class GeneralCurve:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run directory. `scores` is (K, K) float64: task i after training task j, NaN where not
+    """One run directory. ``scores`` is (K, K) float64: task i after training task j, NaN where not
     measured.
     """
 
@@ -227,7 +226,7 @@ def read_run(run_directory: str | Path) -> RunRecord:
 
 
 def read_predictions(run: RunRecord, after: int, on: int) -> list[dict[str, Any]]:
-    """The prediction lines of task `on` after training task `after` (0-based); empty when not
+    """The prediction lines of task ``on`` after training task ``after`` (0-based); empty when not
     stored.
     """
     stored, folder = StoredFiles(run.directory), run.directory / "predictions"
@@ -240,7 +239,7 @@ def read_predictions(run: RunRecord, after: int, on: int) -> list[dict[str, Any]
 
 
 def shorten(text: str, limit: int) -> str:
-    """The text on one line, cut to `limit` characters with an ellipsis."""
+    """The text on one line, cut to ``limit`` characters with an ellipsis."""
     text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: max(limit - 1, 1)].rstrip() + "…"
 

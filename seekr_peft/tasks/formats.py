@@ -1,8 +1,7 @@
 """The file formats of tasks: each reader turns the two files of a task into prompts and answers.
 
 A reader takes the task's name and {'train': file, 'test': file}, and returns the samples of each
-split, the metric and the possible answers (None = free text). Imports `seekr_peft.errors`,
-`tasks.files` and `tasks.samples`, and neither datasets nor torch.
+split, the metric and the possible answers (None = free text).
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from seekr_peft.errors import DataError, listed, shown
-from seekr_peft.json_text import first_repeated
-from seekr_peft.tasks.files import TABLE_SUFFIXES, Table, named, read_json, read_rows
-from seekr_peft.tasks.samples import check_text, checked_rows
+from ..errors import DataError, listed, shown
+from ..files.json_text import first_repeated
+from .samples import check_text, checked_rows
+from .table_files import TABLE_SUFFIXES, Table, named, read_json, read_rows
 
 logger = logging.getLogger(__name__)
 
 Samples = dict[str, list[dict[str, str]]]
-"""Per split ('train', 'test') its samples, each {'prompt', 'answer', 'instruction'}, from `checked_row` more."""
+"""Per split ('train', 'test') its samples, each {'prompt', 'answer', 'instruction'}, from ``checked_row`` more."""
 
 Reader = Callable[[str, Mapping[str, Path]], tuple[Samples, str, list[str] | None]]
 

@@ -1,8 +1,7 @@
 """Readers of task sequences: one folder holds the tasks of a benchmark in a known format.
 
-`read_tasks` reads them; `find_task_problems` tells what is wrong without reading the samples, so a
-recipe can be checked before anything is loaded. Imports `seekr_peft.errors` and the modules of
-`tasks`, and neither datasets nor torch.
+``read_tasks`` reads them; ``find_task_problems`` tells what is wrong without reading the samples, so a
+recipe can be checked before anything is loaded.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from seekr_peft.errors import DataError, listed, shown
-from seekr_peft.tasks.files import named
-from seekr_peft.tasks.formats import FORMATS, SUFFIXES
-from seekr_peft.tasks.samples import check_name, dataset_of, suggestion
-from seekr_peft.tasks.task import Task
+from ..errors import DataError, listed, shown
+from .formats import FORMATS, SUFFIXES
+from .samples import check_name, dataset_of, suggestion
+from .table_files import named
+from .task import Task
 
 TRACE_ORDER = (
     "C-STANCE",
@@ -44,7 +43,7 @@ def read_tasks(
     max_test: int | None = None,
     seed: int = 0,
 ) -> list[Task]:
-    """Read the tasks below `path`, in `order`.
+    """Read the tasks below ``path``, in ``order``.
 
     | format | files of a task | metric |
     |---|---|---|
@@ -65,13 +64,13 @@ def read_tasks(
     the log.
 
     Args:
-        order: names of the tasks; None = all of them, alphabetically (TRACE: `TRACE_ORDER`).
+        order: names of the tasks; None = all of them, alphabetically (TRACE: ``TRACE_ORDER``).
         max_train, max_test: at most so many samples a task, drawn at random but kept in the file's
-            order. The draw depends on `seed` and the task's name alone, never on the other tasks,
+            order. The draw depends on ``seed`` and the task's name alone, never on the other tasks,
             and a smaller draw is part of a larger one.
 
     Raises:
-        DataError: everything `find_task_problems` tells, or a bad row.
+        DataError: everything ``find_task_problems`` tells, or a bad row.
     """
     problems = find_task_problems(format, path, order)
     if problems:
@@ -249,7 +248,7 @@ def _read_task(format: str, path: Path, name: str, limits: Mapping[str, int | No
 
 
 def _subsample(size: int, limit: int | None, seed: str) -> list[int]:
-    """Indices of at most `limit` of `size` samples, ascending."""
+    """Indices of at most ``limit`` of ``size`` samples, ascending."""
     indices = list(range(size))
     if limit is None or limit >= size:
         return indices

@@ -1,7 +1,6 @@
 """One sample of a task: finding its texts in a row, and refusing what is no sample.
 
-Every refusal names the place: file and line, or task, split and index. Imports
-`seekr_peft.errors`, `seekr_peft.inputs`, `tasks.files` and `tasks.text`; `datasets` inside functions.
+Every refusal names the place: file and line, or task, split and index.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError, listed, shown
-from seekr_peft.inputs import check_media, why_no_rows
-from seekr_peft.json_text import parse_json
-from seekr_peft.tasks.files import Table, label_names
-from seekr_peft.tasks.text import Conversation
+from ..errors import DataError, listed, shown
+from ..files.json_text import parse_json
+from .inputs import check_media, why_no_rows
+from .table_files import Table, label_names
+from .text import Conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,8 +36,8 @@ def check_name(name: str) -> None:
     """Refuse a task name that cannot be a folder name.
 
     Raises:
-        DataError: `name` is no string, has another character than letters, digits, '.', '_', '-',
-            or is '.' or '..', or is longer than `LONGEST_NAME`.
+        DataError: ``name`` is no string, has another character than letters, digits, '.', '_', '-',
+            or is '.' or '..', or is longer than ``LONGEST_NAME``.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", "..") or len(name) > LONGEST_NAME:
         raise DataError(
@@ -79,7 +78,7 @@ def check_text(text: str, what: str, place: str) -> str:
 
 
 def table_of(rows: Any, place: str) -> Table:
-    """The rows of a list or a data set; the index of each follows `place`.
+    """The rows of a list or a data set; the index of each follows ``place``.
 
     Raises:
         DataError: they are no rows, but a set of splits, columns, a path, or nothing.
@@ -94,7 +93,7 @@ def table_of(rows: Any, place: str) -> Table:
 def checked_rows(
     table: Table, prompt: Field = "prompt", answer: Field = "answer", instruction: Field | None = "instruction"
 ) -> list[dict[str, str]]:
-    """The sample of each row, see `checked_row`; the number of a label is its name where the table has one."""
+    """The sample of each row, see ``checked_row``; the number of a label is its name where the table has one."""
     asked = {field for field in (prompt, answer, instruction, "completion") if isinstance(field, str)}
     names = {column: own for column, own in table.label_names.items() if column in asked}
     return [

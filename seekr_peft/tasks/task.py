@@ -1,8 +1,6 @@
 """One task of a sequence: its name, its training and test samples, and how answers are scored.
 
-`Task` is made from records, files of rows or Hugging Face datasets. Imports `seekr_peft.errors`, `tasks.files`,
-`tasks.samples`, `tasks.text` and `tasks.tokenize`; `datasets` only inside functions, so that reading a
-recipe stays cheap.
+``Task`` is made from records, files of rows or Hugging Face datasets.
 """
 
 from __future__ import annotations
@@ -15,19 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError, cut, listed, shown
-from seekr_peft.tasks.files import named, read_rows
-from seekr_peft.tasks.samples import (
-    Field,
-    check_name,
-    check_text,
-    checked_rows,
-    dataset_of,
-    suggestion,
-    table_of,
-)
-from seekr_peft.tasks.text import Conversation, Prompt, TextCodec
-from seekr_peft.tasks.tokenize import SampleTokens, prepare_tokenizer
+from ..errors import DataError, cut, listed, shown
+from .samples import Field, check_name, check_text, checked_rows, dataset_of, suggestion, table_of
+from .table_files import named, read_rows
+from .text import Conversation, Prompt, TextCodec
+from .tokenize import SampleTokens, prepare_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,12 +25,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS = ("accuracy", "option_letter", "rougeL")
-"""The metrics a task may name; `seekr_peft.evaluation.metrics` defines them."""
+"""The metrics a task may name; ``seekr_peft.evaluation.metrics`` defines them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: `train` and `test` are `datasets.Dataset`s of samples.
+    """A task: ``train`` and ``test`` are ``datasets.Dataset``s of samples.
 
     Args:
         name: also the name of the task's folder in a run; letters, digits, '.', '_' and '-'.
@@ -50,9 +40,9 @@ class Task:
             chat template writes; 'prompt' is then for people to read.
         test: the same columns; it stays text, since generation tokenises it. None: the task can be trained, and
             what needs test samples refuses it by name.
-        metric: one of `METRICS`.
+        metric: one of ``METRICS``.
         choices: the possible answers of a classification task, or None.
-        cut: training samples that tokenisation shortened; None before `tokenized`.
+        cut: training samples that tokenisation shortened; None before ``tokenized``.
 
     Raises:
         DataError: a name that is no folder name, an unknown metric, a missing or non-text column,
@@ -100,8 +90,8 @@ class Task:
         turns of the assistant are not trained. 'tools' goes to the template as well.
 
         Args:
-            train: the rows, or, without `test`, both splits by name, as a DatasetDict has them: 'train', and 'test' or
-                else 'validation'.
+            train: the rows, or, without ``test``, both splits by name, as a DatasetDict has them: 'train', and 'test'
+                or else 'validation'.
             test: the rows to evaluate on; None: there are none, and the task can only be trained.
             prompt, answer: the key of the text in a row, or a function from the row to the text.
             instruction: likewise, for the leading part of the prompt; rows without it have none.
@@ -133,7 +123,7 @@ class Task:
         metric: str = "accuracy",
         choices: Sequence[str] | None = None,
     ) -> Task:
-        """Make a task from files of samples; other arguments as in `from_records`.
+        """Make a task from files of samples; other arguments as in ``from_records``.
 
         A file's name says what it is: .csv and .tsv (UTF-8; the first line names the columns; every value is text as it
         is written), .parquet, .json (a list of objects); any other has a JSON object a line.
@@ -158,7 +148,7 @@ class Task:
         metric: str = "accuracy",
         choices: Sequence[str] | None = None,
     ) -> Task:
-        """`from_files`, most of whose files have a JSON object a line."""
+        """``from_files``, most of whose files have a JSON object a line."""
         return cls.from_files(name, train_path, test_path, prompt, answer, instruction, metric, choices)
 
     @classmethod
@@ -173,13 +163,13 @@ class Task:
         metric: str = "accuracy",
         choices: Sequence[str] | None = None,
     ) -> Task:
-        """Make a task from Hugging Face datasets, or from a DatasetDict; arguments as in `from_records`.
+        """Make a task from Hugging Face datasets, or from a DatasetDict; arguments as in ``from_records``.
 
         A column of labels (ClassLabel) gives their names. Any other number becomes text through a function, as in
-        `answer=lambda row: names[row["label"]]`.
+        ``answer=lambda row: names[row["label"]]``.
 
         Raises:
-            DataError: as `from_records`, or a row without a label (-1).
+            DataError: as ``from_records``, or a row without a label (-1).
         """
         return cls.from_records(name, train, test, prompt, answer, instruction, metric, choices)
 
@@ -201,28 +191,28 @@ class Task:
         return replace(self, train=_as_chat(self.train), test=None if self.test is None else _as_chat(self.test))
 
     def check_texts(self, tokenizer: Any) -> None:
-        """Find what `tokenized` would refuse in the training samples, which is quicker than tokenising them.
+        """Find what ``tokenized`` would refuse in the training samples, which is quicker than tokenising them.
 
         Raises:
-            DataError: as `tokenized`.
+            DataError: as ``tokenized``.
         """
         codec, place = TextCodec(prepare_tokenizer(tokenizer)), f"Task '{self.name}', train row"
         codec.tails(codec.questions(prompts_of(self.train), place), list(self.train["answer"]), place)
 
     def tokenized(self, tokenizer: Any, max_length: int = 512) -> Task:
-        """The same task with `train` tokenised: adds input_ids, attention_mask and labels.
+        """The same task with ``train`` tokenised: adds input_ids, attention_mask and labels.
 
-        Labels are -100 on the prompt. Prompts that are too long are all cut to one length (`prompt_room`), so that
-        the place of an answer says nothing about it. `cut` of the new task counts the samples that did not fit in
-        `max_length` tokens and were shortened. `test` stays text. Conversations become what TRL's SFTTrainer trains on
-        for the same prompt and completion, wherever the tokens are the whole text's own.
+        Labels are -100 on the prompt. Prompts that are too long are all cut to one length (``prompt_room``), so that
+        the place of an answer says nothing about it. ``cut`` of the new task counts the samples that did not fit in
+        ``max_length`` tokens and were shortened. ``test`` stays text. Conversations become what TRL's SFTTrainer trains
+        on for the same prompt and completion, wherever the tokens are the whole text's own.
 
         Where a tokenizer joins characters across the end of a prompt, or puts spaces where the text has none, an
         answer's tokens are not those of the whole text; how many samples that are is logged.
 
         Raises:
             DataError: a tokenizer without an end-of-sequence token, or without a chat template for conversations; an
-                answer with an end in it; a `max_length` too small.
+                answer with an end in it; a ``max_length`` too small.
         """
         from datasets import Dataset, Features, List, Value
 
@@ -254,7 +244,7 @@ class Task:
         return replace(self, train=Dataset.from_dict(data, features=Features(features)), cut=cut)
 
     def prompt_room(self, tokenizer: Any, max_length: int) -> int:
-        """Tokens that a prompt of this task may have, in training as in testing; see `prompt_room_of`."""
+        """Tokens that a prompt of this task may have, in training as in testing; see ``prompt_room_of``."""
         known = self._room
         if known is not None and known[0] is tokenizer and known[1:3] == (len(tokenizer), max_length):
             return known[3]

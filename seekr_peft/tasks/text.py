@@ -8,8 +8,6 @@ what a chat template writes there. ``ending`` is the template's; without one an 
 
 The whole text is tokenised once and cut behind the head, so that its tokens are the text's own. Where a tokenizer
 joins characters across that place, the answer's tokens are others, whose decoding still is the text.
-
-Imports only `seekr_peft.errors`.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from seekr_peft.errors import DataError, cut, shown
+from ..errors import DataError, cut, shown
 
 _WHITESPACE_AT_END = re.compile(r"\s+$")
 _SPACES_AT_END = re.compile(r"[^\S\r\n]+$")
@@ -57,7 +55,7 @@ class Conversation:
 
     @classmethod
     def from_json(cls, text: str, place: str = "") -> Conversation:
-        """What `to_json` wrote.
+        """What ``to_json`` wrote.
 
         Args:
             place: begins the message.
@@ -216,7 +214,7 @@ class TextCodec:
         return found
 
     def tails(self, questions: Sequence[Question], answers: Sequence[str], place: str = "answer") -> list[str]:
-        """What follows each question's head in the text of its sample, end-of-sequence aside; raises as `answers`."""
+        """What follows each question's head in the text of its sample, end-of-sequence aside; raises as ``answers``."""
         rows = enumerate(zip(questions, answers, strict=True))
         return [self._tail(question, answer, f"{place} {index}") for index, (question, answer) in rows]
 

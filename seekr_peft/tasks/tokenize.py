@@ -1,7 +1,6 @@
 """From text to token ids: a prompt and its answer, shortened to fit, and padded into batches.
 
-The loss is on the answer tokens alone, so labels are -100 on the prompt. Imports `seekr_peft.errors`,
-`seekr_peft.inputs` and `tasks.text`; torch inside functions.
+The loss is on the answer tokens alone, so labels are -100 on the prompt.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from seekr_peft.errors import DataError, shown
-from seekr_peft.inputs import check_sample
-from seekr_peft.tasks.text import AnswerTokens, Prompt, Question, TextCodec, tokenizer_name
+from ..errors import DataError, shown
+from .inputs import check_sample
+from .text import AnswerTokens, Prompt, Question, TextCodec, tokenizer_name
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +24,10 @@ SMALLEST_MAX_LENGTH = 4
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as token ids; `input_ids` and `labels` have the same length.
+    """One sample as token ids; ``input_ids`` and ``labels`` have the same length.
 
-    `labels` is -100 on the prompt and the token id on the answer and its end-of-sequence token;
-    `cut` says whether tokens were dropped to fit, `own` whether the tokens of prompt and answer were, before that,
+    ``labels`` is -100 on the prompt and the token id on the answer and its end-of-sequence token;
+    ``cut`` says whether tokens were dropped to fit, ``own`` whether the tokens of prompt and answer were, before that,
     those that the tokenizer gives to their whole text.
     """
 
@@ -66,33 +65,33 @@ def encode(
     instruction: str | None = None,
     prompt_room: int | None = None,
 ) -> Encoded:
-    """Token ids of a prompt and its answer, at most `max_length` of them.
+    """Token ids of a prompt and its answer, at most ``max_length`` of them.
 
-    The tokens are those of the whole text (see `tasks.text`): the prompt after the special tokens that the tokenizer
+    The tokens are those of the whole text (see ``tasks.text``): the prompt after the special tokens that the tokenizer
     puts in front, the answer without whitespace at its end, a space between them where neither brings whitespace, and
     end-of-sequence. A conversation is written by the tokenizer's chat template instead, which puts all of these itself.
-    What does not fit is dropped from the middle of the prompt (see `encode_prompt`); the answer
-    loses its end only when it needs more than half of `max_length` and more than the prompt leaves.
+    What does not fit is dropped from the middle of the prompt (see ``encode_prompt``); the answer
+    loses its end only when it needs more than half of ``max_length`` and more than the prompt leaves.
 
     Args:
-        instruction: the leading part of `prompt` that is kept; None or '' = none.
-        prompt_room: tokens of the prompt at most, however short the answer is (see `prompt_room_of`).
+        instruction: the leading part of ``prompt`` that is kept; None or '' = none.
+        prompt_room: tokens of the prompt at most, however short the answer is (see ``prompt_room_of``).
 
     Raises:
-        DataError: no end-of-sequence token, one within the answer, or a `max_length` below 4.
+        DataError: no end-of-sequence token, one within the answer, or a ``max_length`` below 4.
     """
     tokens = SampleTokens(tokenizer, [prompt], [answer])
     return tokens.encoded(max_length, prompt_room or max_length, [instruction])[0]
 
 
 class SampleTokens:
-    """The tokens of prompts and answers before they are shortened: `encoded` makes them fit.
+    """The tokens of prompts and answers before they are shortened: ``encoded`` makes them fit.
 
     Args:
         place: begins the messages about a sample; its index follows.
 
     Raises:
-        DataError: as `encode`.
+        DataError: as ``encode``.
     """
 
     def __init__(
@@ -104,12 +103,12 @@ class SampleTokens:
         self.answers = self.codec.answers(self.questions, self.prompts, answers, place)
 
     def room(self, max_length: int) -> int:
-        """Tokens that every prompt may have; see `prompt_room_of`."""
+        """Tokens that every prompt may have; see ``prompt_room_of``."""
         longest = max((len(answer.ids) for answer in self.answers), default=0)
         return max_length - min(longest, max_length // 4)
 
     def encoded(self, max_length: int, room: int, instructions: Sequence[str | None]) -> list[Encoded]:
-        """Each sample in at most `max_length` tokens, at most `room` of them the prompt's."""
+        """Each sample in at most ``max_length`` tokens, at most ``room`` of them the prompt's."""
         _check_max_length(max_length)
         rows = zip(self.questions, self.prompts, self.answers, instructions, strict=True)
         return [self._fitted(*row, max_length, room) for row in rows]
@@ -137,7 +136,7 @@ class SampleTokens:
 
 
 def prompt_room_of(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int) -> int:
-    """Tokens that every prompt of a task may have: what its longest answer leaves, at least 3/4 of `max_length`.
+    """Tokens that every prompt of a task may have: what its longest answer leaves, at least 3/4 of ``max_length``.
 
     Were each prompt cut to what its own answer leaves, the place where a prompt ends would tell the answer's length,
     and a model can learn the labels from that alone (agnews at 96 tokens: training loss 0.06, test accuracy below
@@ -147,7 +146,7 @@ def prompt_room_of(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, max_length: int, instruction: str | None = None) -> list[int]:
-    """Token ids of a prompt to be answered, at most `max_length` of them: those that `encode` puts before the answer.
+    """Token ids of a prompt to be answered, at most ``max_length``: those that ``encode`` puts before the answer.
 
     A prompt that does not fit keeps its instruction and then, of what follows, as much of the
     beginning as of the end: the middle of the input is dropped. Without an instruction that is the
@@ -155,7 +154,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, max_length: int, instruction: 
     because the end of a prompt ('Answer:') asks the question.
 
     Raises:
-        DataError: a `max_length` below 4.
+        DataError: a ``max_length`` below 4.
     """
     _check_max_length(max_length)
     codec = TextCodec(tokenizer)
@@ -166,7 +165,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, max_length: int, instruction: 
 def shortened(
     codec: TextCodec, question: Question, ids: list[int], room: int, instruction: str | None = None
 ) -> list[int]:
-    """`ids` of a whole question without its middle, so that `room` tokens remain; see `encode_prompt`."""
+    """``ids`` of a whole question without its middle, so that ``room`` tokens remain; see ``encode_prompt``."""
     if len(ids) <= room:
         return ids
     # Counted by tokenising the beginning alone: a token that spans its end is counted too.
@@ -190,7 +189,7 @@ class AnswerCollator:
         input_names: what the model's forward takes; a column of such a name is an input.
 
     Raises:
-        DataError: an input that would be dropped, columns of different lengths, an id beyond `n_tokens`.
+        DataError: an input that would be dropped, columns of different lengths, an id beyond ``n_tokens``.
     """
 
     pad_token_id: int

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from small_run import small_recipe
+from support.small_run import small_recipe
 
 from .operations import kill_self, watch
 from .process import End, command

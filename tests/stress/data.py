@@ -1,7 +1,7 @@
 """Damaged data files of every format that a recipe can name, and what reading them comes to.
 
-`mutations(seed, count)` yields the cases, the same ones for the same seed; `check_one(case, folder)` writes one and
-reads it as `seekr-peft run` does before it loads a model: the recipe's checks, the samples, their fingerprint.
+``mutations(seed, count)`` yields the cases, the same ones for the same seed; ``check_one(case, folder)`` writes one and
+reads it as ``seekr-peft run`` does before it loads a model: the recipe's checks, the samples, their fingerprint.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 from seekr_peft.errors import SeekrError
 from seekr_peft.evaluation.general import read_questions
-from seekr_peft.recipe import general_tests, load_recipe
-from seekr_peft.run import constant_answer_score, load_tasks
+from seekr_peft.recipe.schema import general_tests, load_recipe
+from seekr_peft.run.runner import constant_answer_score, load_tasks
 
 FORMATS = ("jsonl", "csv", "tsv", "parquet", "trace", "superni", "long_sequence", "mixed", "general")
-"""`tsv` is read as `jsonl`, which takes all tables; `general` is a test of general ability beside good tasks."""
+"""``tsv`` is read as ``jsonl``, which takes all tables; ``general`` is a test of general ability beside good tasks."""
 
 LONGEST_MESSAGE = 700
 SECONDS = 20
@@ -41,7 +41,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """Files below a folder, one of which is damaged, and the recipe's `tasks` section that reads them."""
+    """Files below a folder, one of which is damaged, and the recipe's ``tasks`` section that reads them."""
 
     name: str
     files: Mapping[str, bytes]
@@ -54,14 +54,14 @@ class Case:
 
 
 def mutations(seed: int, count: int) -> Iterator[Case]:
-    """`count` cases, every format and every damage in turn, the rest of each drawn from `seed`."""
+    """``count`` cases, every format and every damage in turn, the rest of each drawn from ``seed``."""
     for index in range(count):
         rng = random.Random(f"{seed}/{index}")
         yield _case(rng, FORMATS[index % len(FORMATS)])
 
 
 def check_one(case: Case, folder: Path) -> str:
-    """What reading the case in the empty `folder` comes to: see `look`, whose first value this is."""
+    """What reading the case in the empty ``folder`` comes to: see ``look``, whose first value this is."""
     return look(case, folder)[0]
 
 
@@ -199,7 +199,7 @@ _WRITERS: dict[str, tuple[str, Callable[[Rows], bytes]]] = {
 
 
 def _undamaged(rng: random.Random, format: str) -> tuple[Files, dict[str, Any], list[str]]:
-    """The files, the recipe's `tasks`, and which of the files may be damaged."""
+    """The files, the recipe's ``tasks``, and which of the files may be damaged."""
     if format == "general":
         files, tasks, _ = _undamaged(rng, "jsonl")
         return {**files, "quiz/test.jsonl": _questions(_rows(rng))}, {**tasks, "order": ["t"]}, ["quiz/test.jsonl"]
@@ -384,7 +384,7 @@ def _rowless(columns: list[str] | None = None) -> bytes:
 
 
 def _with_metadata(text: bytes) -> bytes:
-    """A file with something else where `datasets` keeps the features."""
+    """A file with something else where ``datasets`` keeps the features."""
     import pyarrow
     from pyarrow import parquet
 

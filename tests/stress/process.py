@@ -71,9 +71,9 @@ def load_everything() -> None:
     from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
 
     import seekr_peft.cli
-    import seekr_peft.export
     import seekr_peft.report
-    import seekr_peft.run  # noqa: F401
+    import seekr_peft.run.export
+    import seekr_peft.run.runner  # noqa: F401
 
 
 def forked(

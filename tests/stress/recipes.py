@@ -16,8 +16,8 @@ import yaml
 from seekr_peft.config import SeekrConfig
 from seekr_peft.demo.run import demo_recipe
 from seekr_peft.errors import ConfigError
-from seekr_peft.library_settings import lora_settings, training_choices, training_settings
-from seekr_peft.recipe import Recipe, load_recipe
+from seekr_peft.recipe.library_fields import lora_settings, training_choices, training_settings
+from seekr_peft.recipe.schema import Recipe, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LONGEST_PROBLEM = 3000
