@@ -2,7 +2,8 @@
 
 A message is one sentence that says what was wrong, the value, the place, and what to do. The command line prints a
 ``SeekrError`` as one line and exits with status 2; anything else is a bug and keeps its traceback. ``shown``, ``cut``,
-``listed`` and ``printable`` are for the values in it, which may come from a file that nobody has looked at.
+``listed`` and ``printable`` are for the values in it, which may come from a file that nobody has looked at;
+``suggestion`` is for a name that was misspelt.
 """
 
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 LONGEST_VALUE = 200
 """Characters of a value that a message repeats."""
+_LONGEST_NAME_TO_COMPARE = 100
 
 # C0 and C1 controls (ESC and CSI drive a terminal), the marks that change the direction of text, and halves of
 # characters, which no stream takes (file names that are not UTF-8 hold them); not the newline.
@@ -45,6 +47,23 @@ def listed(values: Iterable[Any], limit: int = LONGEST_VALUE) -> str:
     kept = [text for text, length in zip(texts, lengths, strict=True) if length <= limit]
     more = f" and {len(texts) - len(kept)} more" if len(kept) < len(texts) else ""
     return (", ".join(kept) or "none") + more
+
+
+def closest(name: Any, known: Iterable[Any]) -> str | None:
+    """The known name that resembles another one most; long texts, which take long to compare, resemble none."""
+    import difflib
+
+    names = [each for each in known if isinstance(each, str) and len(each) <= _LONGEST_NAME_TO_COMPARE]
+    lowered = {each.lower(): each for each in names}
+    wanted = str(name).lower()
+    close = difflib.get_close_matches(wanted[: _LONGEST_NAME_TO_COMPARE + 1], list(lowered), n=1)
+    return lowered[close[0]] if close else None
+
+
+def suggestion(name: Any, known: Iterable[str]) -> str:
+    """ " (did you mean 'name'?)" for a misspelt name that resembles a known one, else ''."""
+    close = closest(name, known)
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 class _ShortRepr(reprlib.Repr):

@@ -65,14 +65,6 @@ def test_figures_after_an_earlier_task():
     assert matrix.forgetting(after="b") == pytest.approx(-0.05)
 
 
-def test_forward_transfer_by_hand():
-    matrix = matrix_of(ROWS)
-    matrix.record(after="a", on="b", score=0.3)
-    matrix.record(after="b", on="c", score=0.5)
-    # ((0.3 - 0.1) + (0.5 - 0.2)) / 2
-    assert matrix.fwt({"b": 0.1, "c": 0.2}) == pytest.approx(0.25)
-
-
 def test_scores_before_training_change_neither_figures_nor_scores():
     matrix = matrix_of(ROWS)
     matrix.record(after="a", on="c", score=1.0)
@@ -174,11 +166,6 @@ def test_backward_transfer_needs_the_diagonal():
     matrix = matrix_of([[None, 0.7], [None, 0.5]])
     with pytest.raises(DataError, match="'a' right after its training is not recorded"):
         matrix.bwt()
-
-
-def test_forward_transfer_names_the_missing_score():
-    with pytest.raises(DataError, match="FWT needs the score of task 'b' after 'a'"):
-        matrix_of(ROWS).fwt({"b": 0.1, "c": 0.2})
 
 
 def test_saved_json_has_the_promised_keys(tmp_path):

@@ -236,9 +236,9 @@ def test_trace_metrics_and_order(tmp_path):
     tasks = read_tasks("trace", tmp_path)
     assert [(task.name, task.metric) for task in tasks] == [
         ("C-STANCE", "option_letter"),
-        ("Py150", "rougeL"),
+        ("Py150", "edit_similarity"),
         ("NumGLUE-cm", "accuracy"),
-        ("20Minuten", "rougeL"),
+        ("20Minuten", "sari"),
         ("Extra", "accuracy"),
     ]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, shown
+from ..tasks.conversation import Conversation, Prompt
 from ..tasks.task import Task, instructions_of, prompts_of
-from ..tasks.text import Conversation, Prompt, TextCodec
+from ..tasks.text import TextCodec
 from ..tasks.tokenize import SMALLEST_MAX_LENGTH, AnswerCollator, SampleTokens, prepare_tokenizer, shortened
-from .metrics import score_predictions
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -64,7 +64,7 @@ def evaluate_task(
         instructions=instructions_of(test),
     )
     pairs = zip(codec.questions(prompts), answers, strict=True)
-    mean, scores = score_predictions(task.metric, generated, [codec.reference(*pair) for pair in pairs])
+    mean, scores = task.score(generated, [codec.reference(*pair) for pair in pairs])
     columns = zip(test["prompt"], answers, generated, scores, strict=True)
     names = ("prompt", "answer", "prediction", "score")
     return Evaluation(mean, [dict(zip(names, row, strict=True)) for row in columns])
@@ -85,8 +85,13 @@ def find_unreachable(task: Task, tokenizer: Any) -> list[tuple[str, str]]:
     rows = zip(tokens.questions, tokens.prompts, tokens.answers, strict=True)
     written = [tokens.codec.written(question, prompt, own.ids) for question, prompt, own in rows]
     references = [tokens.codec.reference(*pair) for pair in zip(tokens.questions, answers, strict=True)]
-    _, scores = score_predictions(task.metric, written, references)
-    return [(answer, text) for answer, text, score in zip(answers, written, scores, strict=True) if score < 1.0]
+    _, scores = task.score(written, references)
+    if min(scores) == 1.0:
+        return []
+    # What the answer itself is worth: nothing where it has no option letter, a little less than 1 in SARI.
+    _, most = task.score(references, references)
+    scored = zip(answers, written, scores, most, strict=True)
+    return [(answer, text) for answer, text, score, best in scored if score < best or best == 0]
 
 
 def warn_of_unreachable(task: Task, tokenizer: Any, max_new_tokens: int | None = None) -> None:
@@ -105,7 +110,7 @@ def warn_of_unreachable(task: Task, tokenizer: Any, max_new_tokens: int | None =
         answer, written = found[0]
         logger.warning(
             f"Task '{task.name}': {len(found)} of {n_test} test answers can never be scored right by "
-            f"{task.metric}: {shown(answer, 60)} is read back from its own tokens as {shown(written, 60)}; use a "
+            f"{task.metric_name}: {shown(answer, 60)} is read back from its own tokens as {shown(written, 60)}; use a "
             f"tokenizer that keeps these characters, or write the answers with others."
         )
     lengths = [] if max_new_tokens is None else _answer_lengths(task, tokenizer)
@@ -169,6 +174,8 @@ def generate_answers(
         DataError: a number below 1, another number of instructions than prompts, a tokenizer
             without end-of-sequence, or a model whose positions leave no room for a prompt.
     """
+    from ..model.answers import evaluation_mode
+
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise DataError(f"{name} is {shown(value)}; it must be a whole number, 1 or more.")
@@ -183,7 +190,7 @@ def generate_answers(
     ids = [shortened(codec, question, whole, room, instruction) for question, whole, instruction in rows]
     longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     answers = [""] * len(ids)
-    with _answering(model):
+    with evaluation_mode(model), _plain_generation(model):
         config = _greedy(tokenizer, sorted(codec.ends), max_new_tokens)
         while longest_first:
             batch = longest_first[:batch_size]
@@ -263,22 +270,18 @@ def prompt_room(model: Any, max_length: int, max_new_tokens: int) -> int:
 
 
 @contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Eval mode with a plain generation config; restores modes, config and use_cache."""
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without the model's own settings (temperature, ...), which generate() would merge into ours, and warn; they and
+    ``use_cache`` are restored."""
     from transformers import GenerationConfig
 
-    modes = [(module, module.training) for module in model.modules()]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     generation_config = inner.generation_config
     use_cache = getattr(model.config, "use_cache", None)
     try:
-        # generate() would merge the model's own settings (temperature, ...) into ours and warn.
         inner.generation_config = GenerationConfig()
-        model.eval()
         yield
     finally:
         inner.generation_config = generation_config
         if use_cache is not None:
             model.config.use_cache = use_cache
-        for module, training in modes:
-            module.training = training

@@ -1,4 +1,4 @@
-"""The accuracy matrix of a task sequence, and what is read off it: OP, BWT, forgetting, FWT.
+"""The accuracy matrix of a task sequence, and what is read off it: OP, BWT, forgetting.
 
 a[i, j] is the score of task i after training task j.
 """
@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, listed, shown
+from ..errors import DataError, listed, shown, suggestion
 from ..files.atomic import write_text
-from ..tasks.samples import suggestion
 from ..tasks.table_files import read_text
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ FORMULAS = {
     "forgetting": (
         "1/(K-1) * sum over i<K of (max over i<=j<K of a[i,j] - a[i,K]); 0 for K = 1 (Chaudhry et al. 2018)"
     ),
-    "fwt": ("FWT = 1/(K-1) * sum over 1<i<=K of (a[i,i-1] - b[i]), b[i] = score of task i untrained"),
 }
 """How each figure is computed; print it with the figure."""
 
@@ -40,7 +38,7 @@ CSV_NAME = "accuracy_matrix.csv"
 class AccuracyMatrix:
     """Scores a[i, j] of task i after training task j; tasks keep the order they are trained in.
 
-    A score of a task that was not trained yet (i > j) is stored apart: ``fwt`` alone uses it.
+    A score of a task that was not trained yet (i > j) is stored apart; no figure uses it.
 
     Args:
         task_names: different names, in the order of training.
@@ -127,30 +125,6 @@ class AccuracyMatrix:
             earlier = [self._scores[i, j] for j in range(i, last) if (i, j) in self._scores]
             falls.append(max(earlier) - self._scores[i, last])
         return _mean(falls)
-
-    def fwt(self, baseline: Mapping[str, float], after: str | None = None) -> float:
-        """Forward transfer: mean gain of a task, just before its own training, over ``baseline``.
-
-        Args:
-            baseline: score of each task but the first, by the untrained model.
-
-        Raises:
-            DataError: a baseline is missing, or a task was not scored before its training.
-        """
-        last = self._last(after)
-        gains = []
-        for i in range(1, last + 1):
-            name, before = self.task_names[i], self.task_names[i - 1]
-            if name not in baseline:
-                raise DataError(f"The baseline has no score of task '{name}'; add it.")
-            if (i, i - 1) not in self._before_training:
-                raise DataError(
-                    f"FWT needs the score of task '{name}' after '{before}', which was not "
-                    f"recorded; evaluate each task once before it is trained."
-                )
-            start = _checked_score(baseline[name], f"of task '{name}' in the baseline")
-            gains.append(self._before_training[i, i - 1] - start)
-        return _mean(gains)
 
     def to_dict(self) -> dict[str, Any]:
         """Tasks, scores, figures (None = not to be had yet) and their formulas, ready for JSON."""

@@ -7,6 +7,7 @@ pipe, a device) is one sentence here and nothing further in.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from ..errors import RunError, SeekrError, shown
 
 _LONGEST_NAME = 255
+LONGEST_FOLDER_NAME = 200
+"""Characters of the name of a task: file names have 255 at most, and a run adds a number and an ending."""
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -58,6 +62,12 @@ def path_problem(path: Any) -> str | None:
         return "holds a NUL character, which no file name can"
     except RuntimeError:
         return "begins with the home of a user who is not known here"
+
+
+def is_folder_name(name: Any) -> bool:
+    """Whether ``name``, as of a task, can be a folder's on any system: letters, digits, '.', '_' and '-', the first a
+    letter or digit, at most ``LONGEST_FOLDER_NAME``."""
+    return isinstance(name, str) and len(name) <= LONGEST_FOLDER_NAME and bool(_FOLDER_NAME.fullmatch(name))
 
 
 def special_kind(path: Path) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import tempfile
 import weakref
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attention.models import base_transformer
 from ..config import SeekrConfig
-from ..errors import ConfigError, RunError
+from ..errors import ConfigError, RunError, shown
 from ..files.atomic import checksum, partial_path, read_object, replacing_folder, scratch_folder
 from ..files.manifest import (
     MANIFEST_FILE,
@@ -34,7 +33,7 @@ from ..files.manifest import (
     write_manifest,
 )
 from ..files.manifest import METHOD_FILE as STATE_FILE
-from ..files.paths import given_path
+from ..files.paths import LONGEST_FOLDER_NAME, given_path, is_folder_name
 from ..losses import ReplayTerms
 from ..model.adapter_effect import probe_tokens, unchanged_outputs
 from ..model.adapter_stack import AdapterStack, Mode, RankLimit
@@ -48,8 +47,6 @@ logger = logging.getLogger("seekr_peft")
 
 ADOPTED_DIRECTORY = "adopted_adapter"
 """Where a trained adapter is kept that the model carried before the first task."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class ContinualMethod:
@@ -530,10 +527,10 @@ class ContinualMethod:
         return folder
 
     def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not is_folder_name(name):
             raise ConfigError(
-                f"task name {name!r} must be a folder name of letters, digits, '.', '_' and '-', "
-                f"starting with a letter or digit."
+                f"task name {shown(name)} must be a folder name of letters, digits, '.', '_' and '-', "
+                f"{LONGEST_FOLDER_NAME} at most, starting with a letter or digit."
             )
         if name in self.task_names:
             raise ConfigError(f"task name {name!r} is already used in this sequence; give each task its own name.")

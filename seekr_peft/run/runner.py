@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ..errors import ConfigError, RunError, RunInUseError, SeekrError, cut, shown
-from ..evaluation import FORMULAS, AccuracyMatrix, evaluate_task, score_predictions
+from ..evaluation import FORMULAS, AccuracyMatrix, evaluate_task
 from ..evaluation.generation import prompt_room, warn_of_unreachable
 from ..files.atomic import partial_path, remove_folder, write_text
 from ..files.manifest import MANIFEST_FILE, Ledger, StoredFiles, read_manifest
@@ -434,7 +434,7 @@ class _Run:
         facts = [
             {
                 "name": task.name,
-                "metric": task.metric,
+                "metric": task.metric_name,
                 "n_train": len(task.train),
                 "n_test": len(task.test_set()),
                 "majority_class": constant_answer_score(task),
@@ -643,7 +643,7 @@ def constant_answer_score(task: Task) -> float:
     """What always giving the most frequent test answer would score under the task's own metric: the majority class."""
     answers = list(task.test_set()["answer"])
     most_frequent = Counter(answers).most_common(1)[0][0]
-    return score_predictions(task.metric, [most_frequent] * len(answers), answers)[0]
+    return task.score([most_frequent] * len(answers))[0]
 
 
 def _check_directory(directory: Path, recipe: Recipe, resume: bool) -> None:

@@ -1,20 +1,19 @@
 """Tasks: what a sequence trains and tests on, the formats they are read from, their tokens.
 
 ``readers`` finds a task's files, ``table_files`` and ``formats`` turn them into the ``samples`` of a ``task``, ``text``
-puts instruction and chat template around them, and ``tokenize`` makes the token ids and the labels.
+puts a ``conversation``'s chat template around them, and ``tokenize`` makes the token ids and the labels.
 
 Importing it loads neither datasets nor torch nor transformers.
 """
 
+from .conversation import Conversation, check_chat_template
 from .formats import FORMATS
 from .readers import MIXED, find_task_problems, read_tasks, task_names
-from .task import METRICS, Task
-from .text import Conversation, check_chat_template
+from .task import Task
 from .tokenize import AnswerCollator, Encoded, encode, encode_prompt, prepare_tokenizer
 
 __all__ = [
     "FORMATS",
-    "METRICS",
     "MIXED",
     "AnswerCollator",
     "Conversation",

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import DataError, listed, shown
 from ..files.json_text import first_repeated
+from ..metrics import Metric
 from .samples import check_text, checked_rows
 from .table_files import TABLE_SUFFIXES, Table, named, read_json, read_rows
 
@@ -22,15 +23,15 @@ logger = logging.getLogger(__name__)
 Samples = dict[str, list[dict[str, str]]]
 """Per split ('train', 'test') its samples, each {'prompt', 'answer', 'instruction'}, from ``checked_row`` more."""
 
-Reader = Callable[[str, Mapping[str, Path]], tuple[Samples, str, list[str] | None]]
+Reader = Callable[[str, Mapping[str, Path]], tuple[Samples, str | Metric, list[str] | None]]
 
 _TRACE_METRICS = {
     "C-STANCE": "option_letter",
     "FOMC": "option_letter",
     "ScienceQA": "option_letter",
     "MeetingBank": "rougeL",
-    "Py150": "rougeL",
-    "20Minuten": "rougeL",
+    "Py150": "edit_similarity",
+    "20Minuten": "sari",
 }
 
 

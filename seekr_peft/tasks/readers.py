@@ -11,9 +11,9 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import DataError, listed, shown
+from ..errors import DataError, listed, shown, suggestion
 from .formats import FORMATS, SUFFIXES
-from .samples import check_name, dataset_of, suggestion
+from .samples import check_name, dataset_of
 from .table_files import named
 from .task import Task
 
@@ -54,10 +54,8 @@ def read_tasks(
     | long_sequence | as superni, and labels.json, the possible answers | accuracy |
     | mixed | FORMAT/NAME/..., each FORMAT one of the above; needs an order of FORMAT/NAME | FORMAT's own |
 
-    TRACE is scored by the option letter (C-STANCE, FOMC, ScienceQA), accuracy (both NumGLUE) and
-    ROUGE-L (MeetingBank, Py150, 20Minuten). The benchmark itself scores Py150 by edit similarity
-    and 20Minuten by SARI: ROUGE-L stands in for them here, so these two figures are approximations
-    and not comparable to published ones.
+    TRACE is scored as the benchmark itself is: by the option letter (C-STANCE, FOMC, ScienceQA), accuracy (both
+    NumGLUE), ROUGE-L (MeetingBank), edit similarity (Py150) and SARI (20Minuten).
 
     A SuperNI instance with several right outputs is trained and scored on the first. Instances with
     an empty output, and in long_sequence with one that is no label, are left out, and counted in

@@ -5,17 +5,16 @@ Every refusal names the place: file and line, or task, split and index.
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, listed, shown
+from ..errors import DataError, closest, listed, shown
 from ..files.json_text import parse_json
+from ..files.paths import LONGEST_FOLDER_NAME, is_folder_name
+from .conversation import Conversation
 from .inputs import check_media, why_no_rows
 from .table_files import Table, label_names
-from .text import Conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
 Field = str | Callable[[Mapping[str, Any]], Any]
 """Where a sample's text comes from: a key (column) of the row, or a function of the row."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-LONGEST_NAME = 200
-"""Characters of a task's name: file names have 255 at most, and a run adds a number and an ending."""
-_LONGEST_NAME_TO_COMPARE = 100
 _LONGEST_PLACE = 400
 _DEEPEST = 64
 """Levels of lists and objects within a row."""
@@ -37,28 +32,13 @@ def check_name(name: str) -> None:
 
     Raises:
         DataError: ``name`` is no string, has another character than letters, digits, '.', '_', '-',
-            or is '.' or '..', or is longer than ``LONGEST_NAME``.
+            begins with one of the last three, or is longer than ``LONGEST_FOLDER_NAME``.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", "..") or len(name) > LONGEST_NAME:
+    if not is_folder_name(name):
         raise DataError(
             f"The task name {shown(name)} cannot be a folder name; "
-            f"use letters, digits, '.', '_' and '-' only, {LONGEST_NAME} at most, and not '.' or '..'."
+            f"use letters, digits, '.', '_' and '-' only, {LONGEST_FOLDER_NAME} at most, and not '.' or '..'."
         )
-
-
-def _closest(name: Any, known: Iterable[Any]) -> str | None:
-    """The known name that resembles another one most; long texts, which take long to compare, resemble none."""
-    names = [each for each in known if isinstance(each, str) and len(each) <= _LONGEST_NAME_TO_COMPARE]
-    lowered = {each.lower(): each for each in names}
-    wanted = str(name).lower()
-    close = difflib.get_close_matches(wanted[: _LONGEST_NAME_TO_COMPARE + 1], list(lowered), n=1)
-    return lowered[close[0]] if close else None
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'name'?)" for a misspelt name that resembles a known one, else ''."""
-    close = _closest(name, known)
-    return f" (did you mean {close!r}?)" if close else ""
 
 
 def check_text(text: str, what: str, place: str) -> str:
@@ -201,7 +181,7 @@ def _value(row: Mapping[str, Any], field: Field, role: str, place: str) -> Any:
         return plain(field(row))
     if field in row:
         return plain(row[field])
-    close = _closest(field, row)
+    close = closest(field, row)
     rename = f"rename {close!r} to {field!r}, " if close else ""
     raise DataError(
         f"{place} has no key {shown(field, 60)}, the {role}, but {listed(map(shown, row))}; "

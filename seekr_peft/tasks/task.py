@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, cut, listed, shown
-from .samples import Field, check_name, check_text, checked_rows, dataset_of, suggestion, table_of
+from ..metrics import Metric, find_metric, metric_name, score_predictions
+from .conversation import Conversation, Prompt
+from .samples import Field, check_name, check_text, checked_rows, dataset_of, table_of
 from .table_files import named, read_rows
-from .text import Conversation, Prompt, TextCodec
+from .text import TextCodec
 from .tokenize import SampleTokens, prepare_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-METRICS = ("accuracy", "option_letter", "rougeL")
-"""The metrics a task may name; ``seekr_peft.evaluation.metrics`` defines them."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,9 @@ class Task:
             chat template writes; 'prompt' is then for people to read.
         test: the same columns; it stays text, since generation tokenises it. None: the task can be trained, and
             what needs test samples refuses it by name.
-        metric: one of ``METRICS``.
+        metric: how an answer is scored: the name of a registered metric (see ``seekr_peft.metrics``), or a function
+            ``metric(prediction, answer)`` of two texts that gives a number from 0 to 1; one with a parameter ``source``
+            is also given the prompt without its instruction.
         choices: the possible answers of a classification task, or None.
         cut: training samples that tokenisation shortened; None before ``tokenized``.
 
@@ -52,18 +53,14 @@ class Task:
     name: str
     train: Dataset
     test: Dataset | None = None
-    metric: str = "accuracy"
+    metric: str | Metric = "accuracy"
     choices: Sequence[str] | None = None
     cut: int | None = None
     _room: tuple[Any, int, int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        if self.metric not in METRICS:
-            raise DataError(
-                f"Task '{self.name}' has the metric {shown(self.metric)}, which is unknown; "
-                f"choose one of {', '.join(METRICS)}{suggestion(self.metric, METRICS)}."
-            )
+        find_metric(self.metric, f"Task '{self.name}'")
         if self.choices is not None:
             object.__setattr__(self, "choices", _checked_choices(self.name, self.choices))
         _check_columns(self.name, "train", self.train)
@@ -79,15 +76,18 @@ class Task:
         prompt: Field = "prompt",
         answer: Field = "answer",
         instruction: Field | None = "instruction",
-        metric: str = "accuracy",
+        metric: str | Metric = "accuracy",
         choices: Sequence[str] | None = None,
     ) -> Task:
-        """Make a task from rows (dicts), each a sample.
+        """Make a task from rows (dicts), each a sample: a list of them, or a Hugging Face dataset.
 
         A prompt may be a list of messages ({role, content}), and its answer a list of the assistant's one message: such
         samples are written by the tokenizer's chat template. A row without an answer may have 'completion' for it, or
         'messages', the last of which, the assistant's, is the answer, and all that come before it the prompt: earlier
         turns of the assistant are not trained. 'tools' goes to the template as well.
+
+        A column of labels (ClassLabel) gives their names. Any other number becomes text through a function, as in
+        ``answer=lambda row: names[row["label"]]``.
 
         Args:
             train: the rows, or, without ``test``, both splits by name, as a DatasetDict has them: 'train', and 'test'
@@ -99,7 +99,8 @@ class Task:
 
         Raises:
             DataError: a row without one of the keys, or whose text is empty, no string, or cannot be
-                written as UTF-8; messages that are none; the message names task, split, index and key.
+                written as UTF-8; messages that are none; a row without a label (-1); the message names task, split,
+                index and key.
         """
         check_name(name)
         if test is None:
@@ -120,7 +121,7 @@ class Task:
         prompt: Field = "prompt",
         answer: Field = "answer",
         instruction: Field | None = "instruction",
-        metric: str = "accuracy",
+        metric: str | Metric = "accuracy",
         choices: Sequence[str] | None = None,
     ) -> Task:
         """Make a task from files of samples; other arguments as in ``from_records``.
@@ -136,42 +137,16 @@ class Task:
         train, test = (None if path is None else _read_split(path, fields) for path in (train_path, test_path))
         return cls(name, train, test, metric=metric, choices=choices)
 
-    @classmethod
-    def from_jsonl(
-        cls,
-        name: str,
-        train_path: str | Path,
-        test_path: str | Path | None = None,
-        prompt: Field = "prompt",
-        answer: Field = "answer",
-        instruction: Field | None = "instruction",
-        metric: str = "accuracy",
-        choices: Sequence[str] | None = None,
-    ) -> Task:
-        """``from_files``, most of whose files have a JSON object a line."""
-        return cls.from_files(name, train_path, test_path, prompt, answer, instruction, metric, choices)
+    from_jsonl = from_files
+    """By the name of the files that most tasks have: a JSON object a line."""
 
-    @classmethod
-    def from_dataset(
-        cls,
-        name: str,
-        train: Dataset | Mapping[str, Dataset],
-        test: Dataset | None = None,
-        prompt: Field = "prompt",
-        answer: Field = "answer",
-        instruction: Field | None = "instruction",
-        metric: str = "accuracy",
-        choices: Sequence[str] | None = None,
-    ) -> Task:
-        """Make a task from Hugging Face datasets, or from a DatasetDict; arguments as in ``from_records``.
+    from_dataset = from_records
+    """By the name of what is given: Hugging Face datasets, or a DatasetDict."""
 
-        A column of labels (ClassLabel) gives their names. Any other number becomes text through a function, as in
-        ``answer=lambda row: names[row["label"]]``.
-
-        Raises:
-            DataError: as ``from_records``, or a row without a label (-1).
-        """
-        return cls.from_records(name, train, test, prompt, answer, instruction, metric, choices)
+    @property
+    def metric_name(self) -> str:
+        """The metric as it stands on disk: its registered name, or the name of the function."""
+        return metric_name(self.metric)
 
     def test_set(self) -> Dataset:
         """The test samples.
@@ -185,6 +160,20 @@ class Task:
                 f"set, as in Task.from_records(name, train, test)."
             )
         return self.test
+
+    def score(self, predictions: Sequence[str], answers: Sequence[str] | None = None) -> tuple[float, list[float]]:
+        """Mean score of predictions for the test samples, in their order, and the score of each, all from 0 to 1.
+
+        Args:
+            answers: what they are compared with; None: the samples' own answers.
+
+        Raises:
+            DataError: the task has no test samples, another number of predictions, or a metric that fails or gives
+                no number from 0 to 1; the message names task, metric and test row.
+        """
+        test = self.test_set()
+        own = list(test["answer"]) if answers is None else answers
+        return score_predictions(self.metric, predictions, own, sources_of(test), f"Task '{self.name}', test row")
 
     def as_chat(self) -> Task:
         """The same task with each plain prompt as a user's message, which the tokenizer's chat template writes."""
@@ -268,7 +257,7 @@ class Task:
 
     def fingerprint(self) -> str:
         """SHA-256 over the texts of both splits, in order: the same data, the same fingerprint."""
-        digest = hashlib.sha256(self.metric.encode())
+        digest = hashlib.sha256(self.metric_name.encode())
         for split in (self.train, self.test):
             if split is None:
                 digest.update(b"null")
@@ -293,6 +282,12 @@ def prompts_of(dataset: Dataset) -> list[Prompt]:
 def instructions_of(dataset: Dataset) -> list[str]:
     """The leading part of each prompt that truncation keeps; '' = none."""
     return list(dataset["instruction"]) if "instruction" in dataset.column_names else [""] * len(dataset)
+
+
+def sources_of(dataset: Dataset) -> list[str]:
+    """What each sample's answer is about: its prompt without the instruction before it."""
+    pairs = zip(dataset["prompt"], instructions_of(dataset), strict=True)
+    return [prompt.removeprefix(instruction) for prompt, instruction in pairs]
 
 
 def _as_chat(dataset: Dataset) -> Dataset:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, shown
+from .conversation import Prompt, tokenizer_name
 from .inputs import check_sample
-from .text import AnswerTokens, Prompt, Question, TextCodec, tokenizer_name
+from .text import AnswerTokens, Question, TextCodec
 
 if TYPE_CHECKING:
     import torch
