@@ -140,3 +140,24 @@ def test_nothing_that_runs_code_on_reading_is_used(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent != SOURCE / "demo"], ids=module_name)
 def test_every_module_says_what_lives_there(path: Path) -> None:
     assert len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") > 20
+
+
+@pytest.mark.parametrize("without", ["", "sys.meta_path.insert(0, NoTrl())"])
+def test_the_star_takes_all_names_but_those_of_an_extra_that_is_missing(without: str) -> None:
+    if not without:
+        pytest.importorskip("trl")
+    code = f"""
+import sys
+class NoTrl:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "trl":
+            raise ImportError("no trl here")
+{without}
+import seekr_peft
+from seekr_peft import *
+assert Task is seekr_peft.Task and SeekrConfig and ContinualTrainer and run_recipe
+assert "ContinualSFTTrainer" in dir(seekr_peft)
+print("ContinualSFTTrainer" in globals())
+"""
+    result = subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == [str(not without)], result.stderr
