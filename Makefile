@@ -9,8 +9,12 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/seekr-peft demo
 
+# WORKERS=0 for one process. A worker goes on with tests of another one when its own are done, in the files' order, so
+# that what a file's tests share is hardly ever made twice.
+WORKERS ?= auto
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal --durations=10
 
 test-gpu: $(INSTALLED)
 	SEEKR_TEST_GPU=1 $(BIN)/python -m pytest tests/test_gpu.py tests/test_fused_rows.py

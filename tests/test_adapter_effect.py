@@ -358,7 +358,10 @@ def test_the_tokens_are_the_ends_of_the_first_samples_without_their_padding() ->
     assert [row.tolist() for row in probe_tokens(dataset, 61)] == [long[-LENGTH:], [5, 6], [7, 8]]
 
 
-@pytest.mark.parametrize("dataset", [None, [], iter([1]), [{"text": "x"}], ["x"], [{"input_ids": [[1, 2]]}]], ids=str)
+SHOWS_NO_TOKENS = [None, [], iter([1]), [{"text": "x"}], ["x"], [{"input_ids": [[1, 2]]}]]
+
+
+@pytest.mark.parametrize("dataset", SHOWS_NO_TOKENS, ids=range(len(SHOWS_NO_TOKENS)))
 def test_where_no_tokens_are_shown_random_ones_are_taken_the_same_each_time(dataset: Any) -> None:
     rows = probe_tokens(dataset, 61)
     assert len(rows) == ROWS and all(int(row.min()) >= 0 and int(row.max()) < 61 for row in rows)

@@ -161,3 +161,11 @@ print("ContinualSFTTrainer" in globals())
 """
     result = subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], capture_output=True, text=True)
     assert result.stdout.split() == [str(not without)], result.stderr
+
+
+def test_the_types_are_shipped() -> None:
+    """PEP 561: without the marker a type checker ignores the annotations of an installed package."""
+    assert (SOURCE / "py.typed").read_bytes() == b""
+    # Hatchling takes every file of a package that git does not ignore.
+    settings = (SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[tool.hatch.build.targets.wheel]\npackages = ["seekr_peft"]\n\n' in settings
