@@ -15,6 +15,7 @@ from ..tasks.samples import check_text
 from ..tasks.table_files import TABLE_SUFFIXES, named, read_rows, read_text
 from ..tasks.text import TextCodec, plain_ids
 from ..tasks.tokenize import IGNORED_LABEL, shortened
+from ..types import Model, Tokenizer
 
 UNITS = {"choice": "fraction right", "text": "nats per token"}
 """What the value of each kind of test is."""
@@ -46,7 +47,7 @@ class GeneralTest:
         return f"{self.name} {100 * value:.1f} % right" if self.kind == "choice" else f"{self.name} {value:.3f} nats"
 
     def measure(
-        self, model: Any, tokenizer: Any, *, n_questions: int, max_tokens: int, batch_size: int, max_length: int
+        self, model: Model, tokenizer: Tokenizer, *, n_questions: int, max_tokens: int, batch_size: int, max_length: int
     ) -> float:
         """The test's value, in the unit of its kind; see ``multiple_choice`` and ``text_loss``.
 
@@ -145,7 +146,7 @@ def _checked_question(row: Any, place: str) -> dict[str, Any]:
 
 
 def multiple_choice(
-    model: Any, tokenizer: Any, questions: Sequence[Mapping[str, Any]], batch_size: int, max_length: int
+    model: Model, tokenizer: Tokenizer, questions: Sequence[Mapping[str, Any]], batch_size: int, max_length: int
 ) -> float:
     """The fraction of ``questions`` whose right choice has the highest score; of equal scores the first counts.
 
@@ -192,7 +193,7 @@ def multiple_choice(
     return right / len(questions)
 
 
-def _choice_samples(tokenizer: Any, question: Mapping[str, Any], max_length: int) -> list[dict[str, Any]]:
+def _choice_samples(tokenizer: Tokenizer, question: Mapping[str, Any], max_length: int) -> list[dict[str, Any]]:
     """One sample a choice, without end-of-sequence: ``input_ids``, ``labels`` (-100 on the prompt) and ``n_answer``."""
     codec, texts = TextCodec(tokenizer), question["choices"]
     questions = codec.questions([f"Question: {question['question'].strip()}\nAnswer:"] * len(texts))
@@ -205,7 +206,7 @@ def _choice_samples(tokenizer: Any, question: Mapping[str, Any], max_length: int
     return [{"input_ids": prompt + ids, "labels": ignored + ids, "n_answer": len(ids)} for ids in choices]
 
 
-def text_loss(model: Any, tokenizer: Any, text: str, max_tokens: int, window: int, batch_size: int) -> float:
+def text_loss(model: Model, tokenizer: Tokenizer, text: str, max_tokens: int, window: int, batch_size: int) -> float:
     """Mean cross-entropy of the first ``max_tokens`` tokens of ``text``, in nats per token; its exp is the perplexity.
 
     The tokens are cut into windows that do not overlap and do not see one another. Each window begins with the special

@@ -13,6 +13,7 @@ from ..tasks.conversation import Conversation, Prompt
 from ..tasks.task import Task, instructions_of, prompts_of
 from ..tasks.text import TextCodec
 from ..tasks.tokenize import SMALLEST_MAX_LENGTH, AnswerCollator, SampleTokens, prepare_tokenizer, shortened
+from ..types import Model, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -29,8 +30,8 @@ class Evaluation:
 
 
 def evaluate_task(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     task: Task,
     *,
     max_new_tokens: int = 64,
@@ -70,7 +71,7 @@ def evaluate_task(
     return Evaluation(mean, [dict(zip(names, row, strict=True)) for row in columns])
 
 
-def find_unreachable(task: Task, tokenizer: Any) -> list[tuple[str, str]]:
+def find_unreachable(task: Task, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """The test answers that a model cannot score with though it writes their own tokens, each with what it then wrote.
 
     So it is where a tokenizer drops, changes or does not know some characters, and for an answer without anything that
@@ -94,7 +95,7 @@ def find_unreachable(task: Task, tokenizer: Any) -> list[tuple[str, str]]:
     return [(answer, text) for answer, text, score, best in scored if score < best or best == 0]
 
 
-def warn_of_unreachable(task: Task, tokenizer: Any, max_new_tokens: int | None = None) -> None:
+def warn_of_unreachable(task: Task, tokenizer: Tokenizer, max_new_tokens: int | None = None) -> None:
     """One warning with the number of ``find_unreachable`` and an example, one of answers that a chat template changes,
     and one of answers that are longer than ``max_new_tokens``; nothing where there are none."""
     n_test = len(task.test_set())
@@ -126,7 +127,7 @@ _LOOKED_AT = 200
 """Samples of a split whose conversations are written out to see what a chat template does to their answers."""
 
 
-def _changed_by_template(split: Any, tokenizer: Any) -> list[str]:
+def _changed_by_template(split: Any, tokenizer: Tokenizer) -> list[str]:
     """Answers, of the split's first ones, that are not in the text of their sample."""
     rows = split.select(range(min(_LOOKED_AT, len(split))))
     codec = TextCodec(prepare_tokenizer(tokenizer))
@@ -136,7 +137,7 @@ def _changed_by_template(split: Any, tokenizer: Any) -> list[str]:
     return [a for a, tail in zip(answers, codec.tails(questions, answers), strict=True) if a.rstrip() not in tail]
 
 
-def _answer_lengths(task: Task, tokenizer: Any) -> list[int]:
+def _answer_lengths(task: Task, tokenizer: Tokenizer) -> list[int]:
     """Tokens that a model has to write for each test answer, what leads to it included and its end not."""
     test = task.test_set()
     tokens = SampleTokens(tokenizer, prompts_of(test), list(test["answer"]), f"Task '{task.name}', test row")
@@ -144,8 +145,8 @@ def _answer_lengths(task: Task, tokenizer: Any) -> list[int]:
 
 
 def generate_answers(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt | Sequence[Mapping[str, Any]]],
     *,
     max_new_tokens: int,
@@ -203,7 +204,9 @@ def generate_answers(
     return answers
 
 
-def _fitting_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+def _fitting_batch(
+    model: Model, tokenizer: Tokenizer, ids: list[list[int]], config: GenerationConfig
+) -> list[list[int]]:
     """Ids of the answers to as many of the first prompts as fit into memory: to all of them, a half, a quarter ..."""
     import torch
 
@@ -225,7 +228,9 @@ def _fitting_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: Gen
         torch.cuda.empty_cache()
 
 
-def _generate_batch(model: Any, tokenizer: Any, ids: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+def _generate_batch(
+    model: Model, tokenizer: Tokenizer, ids: list[list[int]], config: GenerationConfig
+) -> list[list[int]]:
     """Ids of the answers to a batch of prompts; padded on the left, so that all answers begin together."""
     import torch
 
@@ -242,7 +247,7 @@ def _prompt(prompt: Prompt | Sequence[Mapping[str, Any]]) -> Prompt:
     return prompt if isinstance(prompt, str | Conversation) else Conversation(prompt)
 
 
-def _greedy(tokenizer: Any, ends: list[int], max_new_tokens: int) -> GenerationConfig:
+def _greedy(tokenizer: Tokenizer, ends: list[int], max_new_tokens: int) -> GenerationConfig:
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -255,7 +260,7 @@ def _greedy(tokenizer: Any, ends: list[int], max_new_tokens: int) -> GenerationC
     )
 
 
-def prompt_room(model: Any, max_length: int, max_new_tokens: int) -> int:
+def prompt_room(model: Model, max_length: int, max_new_tokens: int) -> int:
     """Tokens a prompt may have: ``max_length``, or what the model's positions leave."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
@@ -270,7 +275,7 @@ def prompt_room(model: Any, max_length: int, max_new_tokens: int) -> int:
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
+def _plain_generation(model: Model) -> Iterator[None]:
     """Without the model's own settings (temperature, ...), which generate() would merge into ours, and warn; they and
     ``use_cache`` are restored."""
     from transformers import GenerationConfig

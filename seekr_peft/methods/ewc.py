@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,7 +35,7 @@ class Ewc(ContinualMethod):
     needs_samples: ClassVar[bool] = True
     adapter_modes: ClassVar[tuple[str, ...]] = ("continue",)
 
-    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+    def __init__(self, model: PeftModel, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
         self._tasks: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self._samples: list[ReplaySample] = []

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..heads import HeadSelection
@@ -30,7 +31,7 @@ class Lwf(ContinualMethod):
     name: ClassVar[str] = "lwf"
     needs_samples: ClassVar[bool] = True
 
-    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+    def __init__(self, model: PeftModel, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
         self.rhythm = Rhythm.never()
         self._samples: list[ReplaySample] = []

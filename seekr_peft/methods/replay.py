@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import SeekrConfig
@@ -31,7 +32,7 @@ class Replay(ContinualMethod):
 
     def __init__(
         self,
-        model: Any,
+        model: PeftModel,
         config: SeekrConfig | None = None,
         *,
         select_samples: SampleSelector | None = None,

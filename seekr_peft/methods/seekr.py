@@ -47,7 +47,7 @@ class Seekr(Replay):
     name: ClassVar[str] = "seekr"
     teacher_signals: ClassVar[tuple[str, ...]] = ("attention", "logits")
 
-    def __init__(self, model: Any, config: SeekrConfig | None = None, **options: Any) -> None:
+    def __init__(self, model: PeftModel, config: SeekrConfig | None = None, **options: Any) -> None:
         config = config or SeekrConfig()
         config = replace(
             config,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, shown
+from ..types import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ Prompt = str | Conversation
 """A prompt as a task gives it: plain text, or messages for the tokenizer's chat template."""
 
 
-def check_chat_template(tokenizer: Any) -> None:
+def check_chat_template(tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that cannot write messages.
 
     Raises:
@@ -73,6 +74,6 @@ def check_chat_template(tokenizer: Any) -> None:
         )
 
 
-def tokenizer_name(tokenizer: Any) -> str:
+def tokenizer_name(tokenizer: Tokenizer) -> str:
     """How a message calls a tokenizer."""
     return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, cut, listed, shown
 from ..metrics import Metric, find_metric, metric_name, score_predictions
+from ..types import Tokenizer
 from .conversation import Conversation, Prompt
 from .samples import Field, check_name, check_text, checked_rows, dataset_of, table_of
 from .table_files import named, read_rows
@@ -179,7 +180,7 @@ class Task:
         """The same task with each plain prompt as a user's message, which the tokenizer's chat template writes."""
         return replace(self, train=_as_chat(self.train), test=None if self.test is None else _as_chat(self.test))
 
-    def check_texts(self, tokenizer: Any) -> None:
+    def check_texts(self, tokenizer: Tokenizer) -> None:
         """Find what ``tokenized`` would refuse in the training samples, which is quicker than tokenising them.
 
         Raises:
@@ -188,7 +189,7 @@ class Task:
         codec, place = TextCodec(prepare_tokenizer(tokenizer)), f"Task '{self.name}', train row"
         codec.tails(codec.questions(prompts_of(self.train), place), list(self.train["answer"]), place)
 
-    def tokenized(self, tokenizer: Any, max_length: int = 512) -> Task:
+    def tokenized(self, tokenizer: Tokenizer, max_length: int = 512) -> Task:
         """The same task with ``train`` tokenised: adds input_ids, attention_mask and labels.
 
         Labels are -100 on the prompt. Prompts that are too long are all cut to one length (``prompt_room``), so that
@@ -232,18 +233,18 @@ class Task:
             )
         return replace(self, train=Dataset.from_dict(data, features=Features(features)), cut=cut)
 
-    def prompt_room(self, tokenizer: Any, max_length: int) -> int:
+    def prompt_room(self, tokenizer: Tokenizer, max_length: int) -> int:
         """Tokens that a prompt of this task may have, in training as in testing; see ``prompt_room_of``."""
         known = self._room
         if known is not None and known[0] is tokenizer and known[1:3] == (len(tokenizer), max_length):
             return known[3]
         return self._remember_room(tokenizer, max_length, self._train_tokens(tokenizer))
 
-    def _train_tokens(self, tokenizer: Any) -> SampleTokens:
+    def _train_tokens(self, tokenizer: Tokenizer) -> SampleTokens:
         place = f"Task '{self.name}', train row"
         return SampleTokens(tokenizer, prompts_of(self.train), list(self.train["answer"]), place)
 
-    def _remember_room(self, tokenizer: Any, max_length: int, tokens: SampleTokens) -> int:
+    def _remember_room(self, tokenizer: Tokenizer, max_length: int, tokens: SampleTokens) -> int:
         room = tokens.room(max_length)
         object.__setattr__(self, "_room", (tokenizer, len(tokenizer), max_length, room))
         return room

@@ -16,9 +16,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from ..errors import DataError, cut, shown
+from ..types import Tokenizer
 from .conversation import Conversation, Prompt, check_chat_template
 
 _WHITESPACE_AT_END = re.compile(r"\s+$")
@@ -82,7 +82,7 @@ class TextCodec:
     ends a turn in the chat template; ``endless_template`` says that it has none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._moved: dict[tuple[str, tuple[str, ...]], int] = {}
         self.ends = {tokenizer.eos_token_id}
@@ -334,7 +334,7 @@ class TextCodec:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def plain_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text without the tokenizer's own special tokens; those in the text are tokens all the same."""
     if not texts:
         return []
@@ -343,7 +343,7 @@ def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _front_ids(tokenizer: Any) -> list[int]:
+def _front_ids(tokenizer: Tokenizer) -> list[int]:
     for probe in _ANCHORS:
         plain, whole = plain_ids(tokenizer, [probe])[0], list(tokenizer(probe)["input_ids"])
         places = [place for place in range(len(whole)) if plain and whole[place : place + len(plain)] == plain]

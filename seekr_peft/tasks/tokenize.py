@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, shown
+from ..types import Tokenizer
 from .conversation import Prompt, tokenizer_name
 from .inputs import check_sample
 from .text import AnswerTokens, Question, TextCodec
@@ -38,7 +39,7 @@ class Encoded:
     own: bool = True
 
 
-def prepare_tokenizer(tokenizer: Any) -> Any:
+def prepare_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """Give the tokenizer a pad token when it has none, and return it.
 
     The pad token is then the end-of-sequence token: nothing is added to the vocabulary, so no
@@ -59,7 +60,7 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
 
 
 def encode(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompt: Prompt,
     answer: str,
     max_length: int,
@@ -96,7 +97,7 @@ class SampleTokens:
     """
 
     def __init__(
-        self, tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], place: str = "Sample"
+        self, tokenizer: Tokenizer, prompts: Sequence[Prompt], answers: Sequence[str], place: str = "Sample"
     ) -> None:
         self.codec = TextCodec(prepare_tokenizer(tokenizer))
         self.questions = self.codec.questions(prompts, place)
@@ -136,7 +137,7 @@ class SampleTokens:
         return Encoded(prompt_ids + answer_ids, labels, cut, answer.own)
 
 
-def prompt_room_of(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int) -> int:
+def prompt_room_of(tokenizer: Tokenizer, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int) -> int:
     """Tokens that every prompt of a task may have: what its longest answer leaves, at least 3/4 of ``max_length``.
 
     Were each prompt cut to what its own answer leaves, the place where a prompt ends would tell the answer's length,
@@ -146,7 +147,7 @@ def prompt_room_of(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[
     return SampleTokens(tokenizer, prompts, answers).room(max_length)
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, max_length: int, instruction: str | None = None) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, max_length: int, instruction: str | None = None) -> list[int]:
     """Token ids of a prompt to be answered, at most ``max_length``: those that ``encode`` puts before the answer.
 
     A prompt that does not fit keeps its instruction and then, of what follows, as much of the
