@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from support.parrot import Parrot, parrot, plain
 from support.small_run import read_lines, small_recipe
 from support.tiny_models import tiny_llama
 from support.tokenizer_zoo import byte_level, llama_bpe, unigram
-from test_text import Parrot, parrot, plain
 
 from seekr_peft import ReplayMemory, Task, run_recipe
 from seekr_peft.errors import DataError
