@@ -15,11 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 from support.small_run import read_json, read_lines, small_recipe
+from support.tokenizer_zoo import byte_level
 
 import seekr_peft.metrics.registry as registry
 import seekr_peft.run.runner as run_module
 from seekr_peft import Task, run_recipe
 from seekr_peft.errors import DataError, RunError
+from seekr_peft.evaluation.generation import find_unreachable
 from seekr_peft.metrics import METRICS, exact_match, metric_name, metric_names, register_metric, score_predictions
 from seekr_peft.report.reading import read_run
 from seekr_peft.tasks import read_tasks
@@ -143,6 +145,17 @@ def test_a_format_may_give_a_function(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     (task,) = read_tasks("jsonl", tmp_path)
     assert (task.metric, task.metric_name) == (first_letter, "first_letter")
+
+
+def test_an_answer_that_is_worth_less_than_1_itself_can_still_be_reached() -> None:
+    tokenizer = byte_level()
+    rows = [{"prompt": "red red red green", "answer": "red green"}]
+    task = Task.from_records("t", rows, rows, metric="sari")
+    # Of the three times that "red" is there the answer leaves out two, of which SARI takes one for wrong.
+    assert task.score(["red green"])[0] == pytest.approx((1 + 1 + 1 / 2 + 3 + 3 + 3) / 12)
+    assert find_unreachable(task, tokenizer) == []
+    assert find_unreachable(task_with(lambda prediction, answer: 0.3), tokenizer) == []
+    assert len(find_unreachable(task_with("numeric_match"), tokenizer)) == len(ROWS), "there is no number in them"
 
 
 # Functions --------------------------------------------------------------------------------------------------------
