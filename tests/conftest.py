@@ -16,8 +16,13 @@ if os.environ.get("SEEKR_TEST_GPU") != "1":
 
 import pytest
 import torch
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# How long an example takes says nothing of it where tests run side by side.
+settings.register_profile("side by side", deadline=None)
+settings.load_profile("side by side")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
