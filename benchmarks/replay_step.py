@@ -26,12 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import device_work, median_seconds, peak_bytes
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
-from seekr_peft.attention.row_math import kl_of_rows
+from seekr_peft.attention.row_divergence import kl_of_rows
 from seekr_peft.losses import combine, label_loss, logits_kl
 from seekr_peft.memory import PackedSignals, ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, draw_queries
 from seekr_peft.methods.head_scores import teach
-from seekr_peft.model.answers import answer_logits
+from seekr_peft.model.answers import answer_logits, answer_positions
 from seekr_peft.model.peak_memory import PeakMemory
+from seekr_peft.tasks.tokenize import IGNORED_LABEL
 
 QUERIES = 100
 ANSWER_TOKENS = 16
@@ -93,7 +94,7 @@ def selected_heads(shape: Shape = SMALL) -> HeadSelection:
 def make_sample(length: int) -> ReplaySample:
     """A random sample whose last tokens are the answer."""
     input_ids = torch.randint(3, 4096, (length,), generator=torch.Generator().manual_seed(length))
-    labels = torch.full((length,), -100)
+    labels = torch.full((length,), IGNORED_LABEL)
     labels[-ANSWER_TOKENS:] = input_ids[-ANSWER_TOKENS:]
     return ReplaySample(input_ids, labels, draw_queries(length, QUERIES, seed=0))
 
@@ -166,8 +167,8 @@ def with_eager_attention(model: nn.Module, batch: ReplayBatch) -> Tensor:
     outputs = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, output_attentions=True
     )
-    sample, position = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
-    logits, targets = outputs.logits[sample, position], batch.labels[:, 1:][sample, position]
+    sample, position, targets = answer_positions(batch.labels)
+    logits = outputs.logits[sample, position]
     attention = logits.new_zeros(())
     for layer, teacher in batch.layers.items():
         rows = teacher.pairs.queries(outputs.attentions[layer], batch.queries)

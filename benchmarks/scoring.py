@@ -8,20 +8,20 @@ import torch
 
 from benchmarks.replay_step import build_model, make_sample
 from benchmarks.timing import device_work, median_seconds, peak_bytes
-from seekr_peft.attention.models import base_transformer
 from seekr_peft.losses import label_loss
 from seekr_peft.memory import ReplaySample
 from seekr_peft.methods.head_scores import score_heads
 from seekr_peft.model.adapter_stack import AdapterStack
-from seekr_peft.model.answers import answer_logits, evaluation_mode, model_device
+from seekr_peft.model.answers import answer_logits, evaluation_mode
+from seekr_peft.model.facts import ModelFacts
 
 
 def two_forwards_and_a_backward(stack: AdapterStack, sample: ReplaySample) -> None:
     """What scoring a sample cannot do without: its forward before and after the task, and the gradient down to the
     first layer."""
-    model = stack.model
-    embeddings = base_transformer(model).get_input_embeddings()
-    ids = sample.input_ids[None].to(model_device(model))
+    model, facts = stack.model, ModelFacts.of(stack.model)
+    embeddings = facts.input_embeddings
+    ids = sample.input_ids[None].to(facts.device)
     labels = sample.labels[None].to(ids.device)
     with evaluation_mode(model, checkpointing=True):
         with torch.no_grad():

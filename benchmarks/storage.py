@@ -17,14 +17,12 @@ from torch import Tensor
 
 from benchmarks.replay_step import make_sample
 from seekr_peft import AttentionTap, HeadSelection, SeekrConfig
-from seekr_peft.attention import TeacherRows
-from seekr_peft.attention.row_math import sparse_rows
 from seekr_peft.errors import RunError, SeekrError
-from seekr_peft.losses import TeacherDistributions
 from seekr_peft.memory import PackedSignals, TaskMemory, TeacherSignals, draw_queries, estimate_bytes
-from seekr_peft.memory.codec import SparseRows, pack, unpack
+from seekr_peft.memory.codec import pack, unpack
 from seekr_peft.memory.storage import GAP_DTYPES
 from seekr_peft.model.answers import answer_logits
+from seekr_peft.sparse import SparseDistribution, sparse_rows
 
 HEADS_7B, QUERIES = 128, 100
 
@@ -55,8 +53,8 @@ def kl_of_stored(folder: Path, text: str, length: int) -> dict[str, float]:
     kept = sparse_rows(exact, config.row_top_k, config.kept_mass)
     rows = [(exact[layer], _round_trip(kept[layer], "rows", config), queries + 1) for layer in exact]
     row_kl = torch.cat([_spread_kl(dense, stored, visible).flatten() for dense, stored, visible in rows]).mean()
-    answers = TeacherDistributions.from_logits(logits, config.logit_top_k, config.kept_mass)
-    stored = _round_trip(TeacherRows(**vars(answers)), "logits", config)
+    answers = SparseDistribution.from_logits(logits, config.logit_top_k, config.kept_mass)
+    stored = _round_trip(answers, "logits", config)
     probabilities = logits.softmax(-1)
     n_tokens = torch.full((len(queries),), logits.shape[-1])
     return {
@@ -79,7 +77,7 @@ def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
     folders = sorted((run / "tasks").iterdir())
     for folder in folders:
         memory = TaskMemory(folder)
-        if not memory.selection or memory.signals(0).logits is None:
+        if not memory.selection or memory.packed(0).logits is None:
             raise RunError(f"{folder} keeps no attention rows or no logits; give a run of method seekr with both.")
     base, _ = load_model(recipe)
     model = PeftModel.from_pretrained(base.unload(), folders[0] / "adapter", folders[0].name).eval()
@@ -101,17 +99,18 @@ def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
 def _kl_of_memory(teacher: Any, memory: TaskMemory) -> dict[str, float]:
     rows, row_entropies, answers, answer_entropies = [], [], [], []
     for index in range(len(memory)):
-        sample, signals = memory.sample(index), memory.signals(index)
-        assert signals.logits is not None
+        sample, packed = memory.sample(index), memory.packed(index)
+        assert packed.rows is not None and packed.logits is not None
         ids = sample.input_ids[None]
         with AttentionTap(teacher, memory.selection, queries=sample.queries[None]) as tap:
             logits, _ = answer_logits(teacher, ids, torch.ones_like(ids), sample.labels[None])
-        for layer, exact in tap.rows.items():
-            rows.append(_spread_kl(exact[0], signals.rows[layer], sample.queries + 1).flatten())
-            row_entropies.append(_entropy(exact[0]).flatten())
+        # Stored one behind the other: by layer, head, query.
+        exact = torch.cat([found[0].flatten(0, 1) for found in tap.rows.values()])
+        rows.append(_spread_kl(exact, unpack(packed.rows), (sample.queries + 1).repeat(memory.selection.n_heads)))
+        row_entropies.append(_entropy(exact))
         probabilities = logits.softmax(-1)
-        stored = TeacherRows(**vars(signals.logits))
-        answers.append(_spread_kl(probabilities, stored, torch.full((len(logits),), logits.shape[-1])))
+        n_tokens = torch.full((len(logits),), logits.shape[-1])
+        answers.append(_spread_kl(probabilities, unpack(packed.logits), n_tokens))
         answer_entropies.append(_entropy(probabilities))
     return {
         "rows_kl": float(torch.cat(rows).mean()),
@@ -139,11 +138,11 @@ def resident_growth(n_samples: int = 60) -> dict[str, float]:
     packed = PackedSignals.of(signals, heads, config.storage_dtype)
     with TemporaryDirectory() as folder:
         TaskMemory.write(Path(folder), "task", [sample] * n_samples, [packed] * n_samples, heads)
-        TaskMemory(Path(folder)).signals(0)  # libraries' own buffers
+        _read_rows(TaskMemory(Path(folder)), 0)  # libraries' own buffers
         before = _resident()
         memory = TaskMemory(Path(folder))
         opened = _resident() - before
-        memory.signals(n_samples // 2)
+        _read_rows(memory, n_samples // 2)
         return {
             "bytes": memory.bytes,
             "opened": opened / memory.bytes,
@@ -151,16 +150,17 @@ def resident_growth(n_samples: int = 60) -> dict[str, float]:
         }
 
 
-def _round_trip(rows: TeacherRows, kind: str, config: SeekrConfig) -> TeacherRows:
-    shape, k = rows.remaining.shape, rows.indices.shape[-1]
-    flat = SparseRows(rows.indices.reshape(-1, k), rows.probabilities.reshape(-1, k), rows.remaining.reshape(-1))
-    back = unpack(pack(flat, config.storage_dtype, GAP_DTYPES[kind]))
-    return TeacherRows(
-        back.indices.reshape(*shape, -1), back.probabilities.reshape(*shape, -1), back.remaining.reshape(shape)
-    )
+def _read_rows(memory: TaskMemory, index: int) -> SparseDistribution:
+    packed = memory.packed(index).rows
+    assert packed is not None
+    return unpack(packed)
 
 
-def _spread_kl(exact: Tensor, stored: TeacherRows, n_possible: Tensor) -> Tensor:
+def _round_trip(rows: SparseDistribution, kind: str, config: SeekrConfig) -> SparseDistribution:
+    return unpack(pack(rows, config.storage_dtype, GAP_DTYPES[kind])).reshape(*rows.remaining.shape)
+
+
+def _spread_kl(exact: Tensor, stored: SparseDistribution, n_possible: Tensor) -> Tensor:
     """KL(exact || stored) of rows (..., n); of each row's n the first ``n_possible`` can have mass."""
     exact = exact.double()
     kept = torch.zeros_like(exact).scatter_add(-1, stored.indices, stored.probabilities.double())

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from benchmarks.replay_step import build_model
 from seekr_peft import ContinualTrainer, SeekrConfig
 from seekr_peft.methods import get_method
+from seekr_peft.tasks.tokenize import IGNORED_LABEL
 
 BATCH, SAMPLES = 4, 100
 
@@ -20,7 +21,7 @@ BATCH, SAMPLES = 4, 100
 def make_data(length: int, seed: int, n: int = SAMPLES) -> list[dict[str, list[int]]]:
     """Random samples whose last 16 tokens are the answer."""
     rows = torch.randint(3, 4096, (n, length), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [{"input_ids": row, "labels": [-100] * (length - 16) + row[-16:]} for row in rows]
+    return [{"input_ids": row, "labels": [IGNORED_LABEL] * (length - 16) + row[-16:]} for row in rows]
 
 
 def seconds_of_second_task(method_name: str, length: int, every: int, device: str) -> float:

@@ -136,7 +136,7 @@ def doctor(
 ) -> None:
     """Predict the peak memory and the size of the replay memory of RECIPE, before anything is loaded."""
     _quiet()
-    from .doctor.estimate import render_footprint
+    from .doctor.advice import render_footprint
     from .recipe.schema import load_recipe
 
     fits = render_footprint(load_recipe(recipe, overrides or []), TerminalConsole(), memory)

@@ -20,6 +20,9 @@ from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# Fixtures that several files use.
+pytest_plugins = ["support.attention_doors"]
+
 # How long an example takes says nothing of it where tests run side by side.
 settings.register_profile("side by side", deadline=None)
 settings.load_profile("side by side")

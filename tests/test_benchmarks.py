@@ -134,10 +134,10 @@ def render(table):
 
 def test_the_kl_of_what_is_stored_is_that_of_a_hand_made_row():
     from benchmarks.storage import _spread_kl
-    from seekr_peft.attention import TeacherRows
+    from seekr_peft.sparse import SparseDistribution
 
     exact = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
-    stored = TeacherRows(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([0.5]))
+    stored = SparseDistribution(torch.tensor([[0]]), torch.tensor([[0.5]]), torch.tensor([0.5]))
     # Key 3 lies in the future: the remaining half is spread over keys 1 and 2.
     expected = 0.3 * torch.tensor(0.3 / 0.25).log() + 0.2 * torch.tensor(0.2 / 0.25).log()
     torch.testing.assert_close(_spread_kl(exact, stored, torch.tensor([3])).float(), expected[None])

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seekr_peft.attention import TeacherRows
-from seekr_peft.attention.row_math import BROADEST, sparse_rows
-from seekr_peft.memory.codec import LOG_STEP, SparseRows, pack, unpack
+from seekr_peft.memory.codec import LOG_STEP, pack, unpack
+from seekr_peft.sparse import BROADEST, SparseDistribution, sparse_rows
 
 WIDTHS = st.sampled_from([1, 3, 200, 255, 256, 257, 511, 5000, 40_000, 152_000])
 DTYPES = ("uint8", "float16", "float32")
@@ -21,7 +20,7 @@ ERROR = {"uint8": LOG_STEP, "float16": 1e-3, "float32": 1e-6}
 
 
 @st.composite
-def drawn_rows(draw: st.DrawFn) -> SparseRows:
+def drawn_rows(draw: st.DrawFn) -> SparseDistribution:
     """Rows with any number of entries, none among them, in any order, over narrow and wide index ranges."""
     width, n_rows, k = draw(WIDTHS), draw(st.integers(1, 6)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
@@ -31,10 +30,10 @@ def drawn_rows(draw: st.DrawFn) -> SparseRows:
     probabilities[torch.rand(n_rows, k, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))] = 0
     remaining = torch.rand(n_rows, generator=generator)
     total = probabilities.sum(-1) + remaining
-    return SparseRows(indices, probabilities / total[:, None], remaining / total)
+    return SparseDistribution(indices, probabilities / total[:, None], remaining / total)
 
 
-def entries(rows: SparseRows) -> list[dict[int, float]]:
+def entries(rows: SparseDistribution) -> list[dict[int, float]]:
     return [
         {int(i): float(p) for i, p in zip(indices, probabilities, strict=True) if p > 0}
         for indices, probabilities in zip(rows.indices, rows.probabilities, strict=True)
@@ -42,7 +41,7 @@ def entries(rows: SparseRows) -> list[dict[int, float]]:
 
 
 @given(drawn_rows(), st.sampled_from(DTYPES), st.sampled_from(GAP_DTYPES))
-def test_rows_come_back_as_they_were_packed(rows: SparseRows, dtype: str, gap_dtype: torch.dtype) -> None:
+def test_rows_come_back_as_they_were_packed(rows: SparseDistribution, dtype: str, gap_dtype: torch.dtype) -> None:
     back = unpack(pack(rows, dtype, gap_dtype))
     expected = entries(rows)
     assert [set(row) for row in entries(back)] == [set(row) for row in expected]
@@ -57,7 +56,7 @@ def test_rows_come_back_as_they_were_packed(rows: SparseRows, dtype: str, gap_dt
 
 def test_a_gap_takes_one_place_and_one_more_for_every_255_or_32767_passed_over() -> None:
     def places(*indices: int, gap_dtype: torch.dtype = torch.uint8) -> list[int]:
-        rows = SparseRows(torch.tensor([indices]), torch.full((1, len(indices)), 0.1), torch.tensor([0.5]))
+        rows = SparseDistribution(torch.tensor([indices]), torch.full((1, len(indices)), 0.1), torch.tensor([0.5]))
         packed = pack(rows, "uint8", gap_dtype)
         assert packed.gaps.dtype == gap_dtype
         assert packed.sizes.tolist() == [len(packed.gaps)]
@@ -72,14 +71,14 @@ def test_a_gap_takes_one_place_and_one_more_for_every_255_or_32767_passed_over()
 
 
 def test_what_eight_bits_cannot_tell_from_nothing_joins_the_remaining_mass() -> None:
-    rows = SparseRows(torch.tensor([[4, 2]]), torch.tensor([[0.9, 1e-7]]), torch.tensor([0.1 - 1e-7]))
+    rows = SparseDistribution(torch.tensor([[4, 2]]), torch.tensor([[0.9, 1e-7]]), torch.tensor([0.1 - 1e-7]))
     back = unpack(pack(rows, "uint8", torch.uint8))
     assert entries(back) == [{4: pytest.approx(0.9, abs=1e-4)}]
     assert float(back.remaining) == pytest.approx(0.1, abs=1e-4)
 
 
 def test_a_row_of_padding_stays_zero() -> None:
-    rows = SparseRows(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0.0, 0.0], [0.4, 0.6]]), torch.zeros(2))
+    rows = SparseDistribution(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0.0, 0.0], [0.4, 0.6]]), torch.zeros(2))
     for dtype in DTYPES:
         back = unpack(pack(rows, dtype, torch.uint8))
         assert not back.probabilities[0].any() and float(back.remaining[0]) == 0.0
@@ -90,21 +89,21 @@ def test_a_row_of_padding_stays_zero() -> None:
 def test_eight_bits_cost_a_ten_thousandth_of_a_nat(width: int, sharpness: float, seed: int) -> None:
     logits = sharpness * torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
     exact = logits.softmax(-1)
-    back = unpack(pack(SparseRows(torch.arange(width)[None], exact, torch.zeros(1)), "uint8", torch.uint8))
+    back = unpack(pack(SparseDistribution(torch.arange(width)[None], exact, torch.zeros(1)), "uint8", torch.uint8))
     kl = 0.0
     for index, value in entries(back)[0].items():
         kl += float(exact[0, index]) * math.log(float(exact[0, index]) / value)
     assert abs(kl) < 5e-4
 
 
-def kept(rows: TeacherRows) -> Tensor:
+def kept(rows: SparseDistribution) -> Tensor:
     return torch.zeros(3, 4, 40, dtype=rows.probabilities.dtype).scatter_add(-1, rows.indices, rows.probabilities)
 
 
 @given(st.integers(1, 40), st.floats(0.05, 1.0), st.integers(0, 10**6))
 def test_a_row_keeps_the_fewest_entries_that_hold_its_mass(top_k: int, mass: float, seed: int) -> None:
     exact = (3 * torch.randn(3, 4, 40, generator=torch.Generator().manual_seed(seed))).softmax(-1)
-    rows = TeacherRows.from_dense(exact, top_k, mass)
+    rows = SparseDistribution.from_dense(exact, top_k, mass)
     for row, found, left in zip(
         exact.reshape(-1, 40), kept(rows).reshape(-1, 40), rows.remaining.flatten(), strict=True
     ):

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from seekr_peft import ContinualTrainer, Seekr
 from seekr_peft.cli import app
 from seekr_peft.demo import BASE_PATH
-from seekr_peft.doctor.estimate import Footprint, estimate_footprint, first_knob, render_footprint
+from seekr_peft.doctor.advice import first_knob, render_footprint
+from seekr_peft.doctor.estimate import Footprint, estimate_footprint
 from seekr_peft.errors import AdapterError, CaptureError, ConfigError
 from seekr_peft.memory import TaskMemory
 from seekr_peft.methods import get_method

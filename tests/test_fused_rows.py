@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from seekr_peft.attention import TeacherRows
 from seekr_peft.attention import triton_launch as fused
-from seekr_peft.attention.row_math import HeadPairs, PairMask, RowInputs, RowMask, row_kl
+from seekr_peft.attention.masks import RowMask
+from seekr_peft.attention.pairs import HeadPairs, PairMask
+from seekr_peft.attention.row_divergence import row_kl
+from seekr_peft.attention.rows import RowInputs
 from seekr_peft.errors import CaptureError
+from seekr_peft.sparse import SparseDistribution
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -31,7 +34,7 @@ PRECISION = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 def layer(
     dtype: torch.dtype, bias: bool, repeated: bool, sizes: tuple[Any, ...], own: bool = False
-) -> tuple[fused.FusedInputs, TeacherRows, Tensor]:
+) -> tuple[fused.FusedInputs, SparseDistribution, Tensor]:
     """Random q and k as a model lays them out, a mask in which one row sees nothing, and a teacher. ``own``: each
     sample has some of the heads, one has none."""
     batch, n_heads, n_kv, chosen, t_q, t_k, n_queries, dim, top_k = sizes
@@ -51,7 +54,7 @@ def layer(
     weights = torch.rand(1, len(pairs.heads), n_queries, device=DEVICE)
     weights = weights * (torch.rand_like(weights) > 0.3)
     inputs = fused.FusedInputs(query, key, pairs, positions, mask, dim**-0.5)
-    return inputs, TeacherRows.from_dense(rows, top_k), weights
+    return inputs, SparseDistribution.from_dense(rows, top_k), weights
 
 
 def own_pairs(heads: Tensor, batch: int) -> HeadPairs:
@@ -64,7 +67,7 @@ def own_pairs(heads: Tensor, batch: int) -> HeadPairs:
     return HeadPairs(samples, heads[slots], slots, starts, counts)
 
 
-def exact(inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor) -> tuple[Tensor, ...]:
+def exact(inputs: fused.FusedInputs, teacher: SparseDistribution, weights: Tensor) -> tuple[Tensor, ...]:
     """Loss and a thousand times the gradients at all heads' q and k, plainly in float64."""
     query = inputs.query.detach().double().requires_grad_()
     key = inputs.key.detach().double().requires_grad_()
@@ -81,7 +84,7 @@ def exact(inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor) -> t
 
 
 def check(
-    inputs: fused.FusedInputs, teacher: TeacherRows, weights: Tensor, expected: tuple[Tensor, ...] | None = None
+    inputs: fused.FusedInputs, teacher: SparseDistribution, weights: Tensor, expected: tuple[Tensor, ...] | None = None
 ) -> None:
     """The kernels' loss and gradients against ``expected``, by default the plain ones of these inputs."""
     expected = expected or exact(inputs, teacher, weights)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.small_run import read_json, read_lines, small_recipe
+from support.teachers import all_heads_kl
 from support.tiny_models import N_HEADS, N_LAYERS, padded_batch, tiny_llama, with_lora
 from test_attention_rows import make_inputs, make_teacher
 from test_attention_tap import BUILDERS, SOME_HEADS, eager_rows, expected_rows, tapped_rows
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seekr_peft import Seekr, SeekrConfig
-from seekr_peft.attention import AttentionTap, TeacherRows
+from seekr_peft.attention import AttentionTap
 from seekr_peft.attention import triton_launch as fused
-from seekr_peft.attention.row_math import RowInputs, row_kl
+from seekr_peft.attention.row_divergence import row_kl
+from seekr_peft.attention.rows import RowInputs
 from seekr_peft.heads import HeadSelection
 from seekr_peft.model.peak_memory import PeakMemory
 from seekr_peft.run.runner import run_recipe
+from seekr_peft.sparse import SparseDistribution
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,7 +87,9 @@ def moved(inputs: RowInputs, dtype: torch.dtype) -> RowInputs:
     )
 
 
-def loss_and_gradients(inputs: RowInputs, teacher: TeacherRows, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+def loss_and_gradients(
+    inputs: RowInputs, teacher: SparseDistribution, weights: Tensor | None = None
+) -> tuple[Tensor, ...]:
     loss = row_kl(inputs, teacher, weights)
     return loss, *torch.autograd.grad(loss * 1000, (inputs.query, inputs.key))
 
@@ -110,7 +115,7 @@ def test_row_kl_and_its_gradient_equal_float64_on_the_cpu(
         key=made.key.double().requires_grad_(),
         mask=type(made.mask)(made.mask.allowed, None if made.mask.bias is None else made.mask.bias.double()),
     )
-    teacher = TeacherRows.from_dense(make_teacher(exact), top_k)
+    teacher = SparseDistribution.from_dense(make_teacher(exact), top_k)
     weights = torch.rand(2, 3, 9) * (torch.rand(2, 3, 9) > 0.3)
     expected = loss_and_gradients(exact, teacher, weights)
     with torch.autocast("cuda", DTYPES[dtype], enabled=dtype != "float32"):
@@ -128,13 +133,13 @@ def test_the_tap_under_autocast_trains_on_the_gradient_of_float64(dtype: str) ->
     """q's and k's gradients of one layer, with the model's own projections under autocast."""
     batch, heads = padded_batch("mixed"), HeadSelection({1: [0, 5]})
     queries = torch.tensor([[0, 18, -2, 5]] * 5)
-    teacher = TeacherRows.from_dense(
+    teacher = SparseDistribution.from_dense(
         tapped_rows(tiny_llama().double(), padded_batch("mixed", seed=9), heads, queries=queries)[1], 8
     )
 
     def gradient(model: nn.Module, inputs: dict[str, Tensor], **autocast: Any) -> dict[str, Tensor]:
         def observe(layer: int, call: Any) -> Tensor:
-            return call.row_kl(teacher)
+            return all_heads_kl(call, teacher)
 
         with AttentionTap(model, heads, queries, observe=observe, keep_graph=True) as tap:
             with torch.autocast(**autocast):
@@ -216,7 +221,7 @@ def test_capture_memory_grows_linearly_by_the_allocator_s_own_count() -> None:
         inputs = moved(
             make_inputs(torch.float32, bias=False, n_keys=length, n_queries=100, heads=8, dim=32), torch.bfloat16
         )
-        teacher = TeacherRows.from_dense(torch.softmax(torch.randn(2, 8, 100, length, device="cuda"), -1), 32)
+        teacher = SparseDistribution.from_dense(torch.softmax(torch.randn(2, 8, 100, length, device="cuda"), -1), 32)
         row_kl(copy.copy(inputs), teacher).backward()
         with PeakMemory("cuda") as memory:
             row_kl(inputs, teacher).backward()

@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from support.tiny_models import VOCABULARY, tiny_llama
 from torch import Tensor
 
-from seekr_peft.losses import (
-    IGNORED,
-    TeacherDistributions,
-    answer_entropy,
-    answer_positions,
-    combine,
-    label_loss,
-    logits_kl,
-)
-from seekr_peft.model.answers import answer_logits, evaluation_mode
+from seekr_peft.losses import answer_entropy, combine, label_loss, logits_kl
+from seekr_peft.model.answers import answer_logits, answer_positions, evaluation_mode
+from seekr_peft.sparse import SparseDistribution
+from seekr_peft.tasks.tokenize import IGNORED_LABEL as NO
 
 N_ANSWER, WORDS = 5, 13
 
@@ -31,10 +25,10 @@ def random_logits(seed: int, scale: float = 2.0, dtype: torch.dtype = torch.floa
     return (scale * torch.randn(N_ANSWER, WORDS, generator=generator)).to(dtype)
 
 
-def largest(logits: Tensor, k: int) -> TeacherDistributions:
+def largest(logits: Tensor, k: int) -> SparseDistribution:
     """The ``k`` largest entries of each position by itself."""
-    rows = [TeacherDistributions.from_logits(row[None], k) for row in logits]
-    return TeacherDistributions(*(torch.cat([vars(row)[part] for row in rows]) for part in vars(rows[0])))
+    rows = [SparseDistribution.from_logits(row[None], k) for row in logits]
+    return SparseDistribution(*(torch.cat([vars(row)[part] for row in rows]) for part in vars(rows[0])))
 
 
 def slow_merged_kl(student: Tensor, teacher: Tensor, k: int) -> float:
@@ -50,7 +44,7 @@ def slow_merged_kl(student: Tensor, teacher: Tensor, k: int) -> float:
 
 
 def test_answers_are_predicted_one_position_before_they_stand_and_the_first_one_is_not_lost() -> None:
-    labels = torch.tensor([[IGNORED, IGNORED, 7, 8, IGNORED], [IGNORED, 5, IGNORED, IGNORED, 6]])
+    labels = torch.tensor([[NO, NO, 7, 8, NO], [NO, 5, NO, NO, 6]])
     sample, position, target = answer_positions(labels)
     assert sample.tolist() == [0, 0, 1, 1]
     assert position.tolist() == [1, 2, 0, 3]
@@ -58,7 +52,7 @@ def test_answers_are_predicted_one_position_before_they_stand_and_the_first_one_
 
 
 def test_a_label_on_the_very_first_token_is_predicted_by_nothing() -> None:
-    sample, position, target = answer_positions(torch.tensor([[9, IGNORED, 3]]))
+    sample, position, target = answer_positions(torch.tensor([[9, NO, 3]]))
     assert (sample.tolist(), position.tolist(), target.tolist()) == ([0], [1], [3])
 
 
@@ -68,7 +62,7 @@ def labelled_batch() -> dict[str, Tensor]:
     input_ids = torch.randint(1, VOCABULARY, (3, 11), generator=generator)
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, 8:] = attention_mask[2, 10:] = 0
-    labels = torch.full_like(input_ids, IGNORED)
+    labels = torch.full_like(input_ids, NO)
     for row, answer in ((0, slice(8, 11)), (1, slice(7, 8)), (2, slice(2, 4))):
         labels[row, answer] = input_ids[row, answer]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -100,7 +94,7 @@ def test_answer_logits_are_those_of_a_full_forward_in_order_of_sample_and_positi
 def test_answer_logits_need_no_logits_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_llama(), labelled_batch()
     kept, _ = answer_logits(model, **batch)
-    monkeypatch.setattr("seekr_peft.model.answers._keeps_logits", lambda model: False)
+    monkeypatch.setattr("seekr_peft.model.facts.ModelFacts.keeps_logits", property(lambda facts: False))
     whole, _ = answer_logits(model, **batch)
     torch.testing.assert_close(kept, whole, rtol=1e-5, atol=1e-5)
 
@@ -119,14 +113,14 @@ def test_evaluation_mode_restores_each_modules_own_mode_even_after_an_exception(
 def test_a_dense_kl_is_torchs_batchmean_kl_div() -> None:
     student, teacher = random_logits(1), random_logits(2)
     expected = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
-    loss = logits_kl(student, TeacherDistributions.from_logits(teacher, WORDS))
+    loss = logits_kl(student, SparseDistribution.from_logits(teacher, WORDS))
     assert expected > 0.5
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
 def test_a_kl_of_two_words_by_hand() -> None:
     # Teacher (3/4, 1/4), student (1/2, 1/2): 3/4 ln(3/2) + 1/4 ln(1/2).
-    teacher = TeacherDistributions.from_logits(torch.tensor([[math.log(3.0), 0.0]]), 2)
+    teacher = SparseDistribution.from_logits(torch.tensor([[math.log(3.0), 0.0]]), 2)
     assert float(logits_kl(torch.zeros(1, 2), teacher)) == pytest.approx(0.1308120324, abs=1e-7)
 
 
@@ -173,9 +167,7 @@ def test_an_absent_entry_changes_neither_value_nor_gradient_whatever_token_it_na
     teacher = largest(random_logits(9), 3)
     names_0 = ((teacher.indices == 0) & (teacher.probabilities > 0)).any(dim=-1)
     assert not names_0.all(), "some position must have token 0 among the others"
-    padded = TeacherDistributions(
-        F.pad(teacher.indices, (0, 2)), F.pad(teacher.probabilities, (0, 2)), teacher.remaining
-    )
+    padded = SparseDistribution(F.pad(teacher.indices, (0, 2)), F.pad(teacher.probabilities, (0, 2)), teacher.remaining)
     results = []
     for target in (teacher, padded):
         student = random_logits(10).requires_grad_()
@@ -188,7 +180,7 @@ def test_an_absent_entry_changes_neither_value_nor_gradient_whatever_token_it_na
 
 def test_a_covered_position_beside_one_with_a_remaining_mass_gives_no_nan() -> None:
     # Position 0 stores every word and has no rest; position 1 stores one word of three.
-    teacher = TeacherDistributions(
+    teacher = SparseDistribution(
         torch.tensor([[0, 1, 2], [1, 0, 0]]),
         torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.0, 0.0]]),
         torch.tensor([0.0, 0.4]),
@@ -205,25 +197,25 @@ def test_a_covered_position_beside_one_with_a_remaining_mass_gives_no_nan() -> N
 
 def test_top_k_keeps_the_largest_entries_and_the_mass_of_the_others() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).log()  # probabilities 1/6, 3/6, 2/6, 0
-    kept = TeacherDistributions.from_logits(logits, 2)
+    kept = SparseDistribution.from_logits(logits, 2)
     present = kept.probabilities > 0
     assert kept.indices[present].tolist() == [1, 2]
     torch.testing.assert_close(kept.probabilities[present], torch.tensor([1 / 2, 1 / 3]).double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(kept.remaining, torch.tensor([1 / 6]).double(), rtol=1e-6, atol=0)
-    assert TeacherDistributions.from_logits(logits, 4).remaining.tolist() == [0.0]
+    assert SparseDistribution.from_logits(logits, 4).remaining.tolist() == [0.0]
 
 
 def test_a_sure_position_leaves_its_entries_to_an_unsure_one() -> None:
     sure, unsure = [0.97, 0.01, 0.01, 0.01], [0.4, 0.3, 0.2, 0.1]
     logits = torch.tensor([sure, unsure]).double().log()
-    kept = TeacherDistributions.from_logits(logits, 2)
+    kept = SparseDistribution.from_logits(logits, 2)
     assert (kept.probabilities > 0).sum(dim=-1).tolist() == [1, 3]
     torch.testing.assert_close(kept.remaining, torch.tensor([0.03, 0.1]).double(), rtol=1e-6, atol=0)
 
 
 def test_no_more_entries_are_kept_than_hold_the_mass() -> None:
     logits = torch.tensor([[0.6, 0.3, 0.06, 0.03, 0.01], [0.2, 0.2, 0.2, 0.2, 0.2]]).double().log()
-    kept = TeacherDistributions.from_logits(logits, 4, kept_mass=0.9)
+    kept = SparseDistribution.from_logits(logits, 4, kept_mass=0.9)
     assert (kept.probabilities > 0).sum(dim=-1).tolist() == [2, 5]
     torch.testing.assert_close(kept.remaining, torch.tensor([0.1, 0.0]).double(), rtol=1e-6, atol=1e-12)
 
@@ -231,7 +223,7 @@ def test_no_more_entries_are_kept_than_hold_the_mass() -> None:
 @given(st.integers(1, WORDS - 1), st.floats(0.3, 1.0), st.integers(0, 10**6))
 def test_the_entries_kept_are_within_the_budget_and_account_for_all_mass(k: int, mass: float, seed: int) -> None:
     logits = random_logits(seed, scale=4.0)
-    kept = TeacherDistributions.from_logits(logits, k, mass)
+    kept = SparseDistribution.from_logits(logits, k, mass)
     present = kept.probabilities > 0
     assert int(present.sum()) <= k * N_ANSWER
     torch.testing.assert_close(kept.probabilities.sum(-1) + kept.remaining, torch.ones(N_ANSWER).double())

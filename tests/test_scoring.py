@@ -11,12 +11,13 @@ from support.core_models import fresh_peft, make_samples, randomise
 from support.tiny_models import N_HEADS, N_LAYERS, VOCABULARY, tiny_llama
 from torch import Tensor
 
-from seekr_peft.attention.row_math import sparse_rows
 from seekr_peft.heads import HeadSelection
 from seekr_peft.memory import ReplaySample
-from seekr_peft.methods.head_scores import attention_rows, score_heads, signal_targets, teach
+from seekr_peft.methods.head_scores import attention_rows, score_heads, teach
 from seekr_peft.model.adapter_stack import AdapterStack
+from seekr_peft.model.answers import count_answers
 from seekr_peft.model.peak_memory import PeakMemory
+from seekr_peft.sparse import sparse_rows
 
 EVERY_HEAD = HeadSelection.all(N_LAYERS, N_HEADS)
 
@@ -259,7 +260,7 @@ def test_scoring_needs_no_more_memory_for_more_samples() -> None:
 def test_the_teachers_loss_is_the_models_own_over_all_answer_tokens() -> None:
     stack, samples = make_stack(), make_samples(4)
     samples[0].labels[-2:] = -100
-    assert {len(signal_targets(sample)) for sample in samples} == {1, 3}, "a mean over samples would be another number"
+    assert {count_answers(sample.labels) for sample in samples} == {1, 3}, "a mean over samples would be another number"
     total, count = 0.0, 0
     for sample in samples:
         n_answer = int((sample.labels[1:] != -100).sum())
@@ -278,7 +279,7 @@ def test_the_teachers_entropy_and_its_top_k_are_those_of_its_answer_distribution
     expected = float(torch.tensor([-sum(p * p.log() for p in row) for row in probabilities]).mean())
     (signals,), _, entropy = teach(stack.model, [sample], EVERY_HEAD, 4, logit_top_k=6)
     assert entropy > 0.1 and entropy == pytest.approx(expected, rel=1e-4)
-    assert len(positions) == 3 == len(signal_targets(sample))
+    assert len(positions) == 3 == count_answers(sample.labels)
     entries = sparse_rows({0: probabilities}, 6)[0]
     wanted = torch.zeros_like(probabilities).scatter_add(-1, entries.indices, entries.probabilities)
     assert int((wanted > 0).sum()) == 6 * 3
@@ -305,7 +306,7 @@ def test_what_is_kept_of_each_samples_signals_is_what_keep_gives() -> None:
     kept, _, _ = teach(
         make_stack().model, samples, EVERY_HEAD, 4, 4, keep=lambda signals: len(signals.logits.remaining)
     )
-    assert kept == [len(signal_targets(sample)) for sample in samples]
+    assert kept == [count_answers(sample.labels) for sample in samples]
 
 
 @pytest.mark.parametrize("kept_mass", [1.0, 0.9])

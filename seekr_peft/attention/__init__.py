@@ -1,19 +1,20 @@
 """Attention capture: a model's attention calls, the rows of its selected heads, and the divergence of two models' rows.
 
-``models`` finds the attention modules, ``tap`` records their calls as ``capture.AttentionCall``, ``row_math`` turns a
-call into rows and their KL, and ``triton_launch`` does the same with ``triton_kernels`` on a GPU.
+``models`` finds the attention modules and ``tap`` records their calls as ``capture.AttentionCall``. A call's q and k
+become ``rows`` (of the heads in ``pairs``, under ``masks``), these their KL in ``row_divergence``, which
+``triton_launch`` computes with ``triton_kernels`` on a GPU; ``gradient_norms`` says how much the loss leans on them.
 """
 
 from .capture import AttentionCall
 from .models import attention_modules, head_shape
-from .row_math import RowInputs, TeacherRows, row_kl, row_probabilities
+from .row_divergence import row_kl
+from .rows import RowInputs, row_probabilities
 from .tap import AttentionTap
 
 __all__ = [
     "AttentionCall",
     "AttentionTap",
     "RowInputs",
-    "TeacherRows",
     "attention_modules",
     "head_shape",
     "row_kl",

@@ -16,26 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import CaptureError
+from ..sparse import SparseDistribution, compute_dtype
 from . import triton_launch as fused
+from .gradient_norms import gradient_squares, gradient_squares_causal, gradient_squares_full
+from .masks import RowMask
 from .models import flex_allowed
-from .row_math import (
-    HeadPairs,
-    PairMask,
-    RowInputs,
-    RowMask,
-    TeacherRows,
-    compute_dtype,
-    gradient_squares,
-    gradient_squares_causal,
-    gradient_squares_full,
-    head_keys,
-    head_queries,
-    kl_of_rows,
-    normalised,
-    row_kl,
-    row_probabilities,
-    row_weights,
-)
+from .pairs import HeadPairs, PairMask, head_keys, head_queries
+from .row_divergence import kl_of_rows, row_kl
+from .rows import RowInputs, normalised, row_probabilities
 
 KINDS_OF_MASK = 2
 """Masks that the layers of a model share at most: a full and a sliding one."""
@@ -56,16 +44,14 @@ class QuerySelection:
 class AttentionCall(Protocol):
     """What an observer may ask of one layer's attention call. ``heads`` is int64 (n_selected,).
 
-    ``row_kl`` is of all ``heads`` of all samples, with a teacher of shape (batch, n_selected, n_queries, k);
-    ``pair_kl`` of ``pairs``, where samples have heads of their own, with a teacher (1, n_pairs, n_queries, k) and
-    weights (1, n_pairs, n_queries). So what a batch costs does not grow with the number of tasks that it mixes.
+    ``rows`` and ``gradient_squares`` are of all ``heads`` of all samples; ``pair_kl`` is of ``pairs``, since samples
+    have heads of their own, with a teacher (1, n_pairs, n_queries, k) and weights (1, n_pairs, n_queries). So what a
+    batch costs does not grow with the number of tasks that it mixes.
     """
 
     def rows(self) -> Tensor: ...
 
-    def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor: ...
-
-    def pair_kl(self, pairs: HeadPairs, teacher: TeacherRows, weights: Tensor) -> Tensor: ...
+    def pair_kl(self, pairs: HeadPairs, teacher: SparseDistribution, weights: Tensor) -> Tensor: ...
 
     def gradient_squares(self, gradient: Tensor, every_query: bool) -> Tensor: ...
 
@@ -99,15 +85,7 @@ class InterfaceCall:
     def rows(self) -> Tensor:
         return row_probabilities(self.inputs)
 
-    def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
-        batch, n_selected = self.query.shape[0], self.heads.numel()
-        if not self._runs_fused(batch * n_selected):
-            return row_kl(self.inputs, teacher, weights)
-        if weights is None:
-            weights = row_weights(self.queries.real, n_selected)
-        return fused.row_kl(self._fused(HeadPairs.of_all(self.heads, batch)), *fused.as_pairs(teacher, weights))
-
-    def pair_kl(self, pairs: HeadPairs, teacher: TeacherRows, weights: Tensor) -> Tensor:
+    def pair_kl(self, pairs: HeadPairs, teacher: SparseDistribution, weights: Tensor) -> Tensor:
         if self._runs_fused(len(pairs.heads)):
             return fused.row_kl(self._fused(pairs), teacher, weights)
         return row_kl(self.pair_inputs(pairs), teacher, weights)
@@ -225,13 +203,7 @@ class EagerCall:
         rows = _select(self.weights, self.queries, self.heads)
         return torch.where(self.queries.real[:, None, :, None], rows.to(compute_dtype(rows)), 0)
 
-    def row_kl(self, teacher: TeacherRows, weights: Tensor | None = None) -> Tensor:
-        rows = normalised(self.rows())
-        if weights is None:
-            weights = row_weights(self.queries.real, rows.shape[1])
-        return kl_of_rows(rows, teacher, weights)
-
-    def pair_kl(self, pairs: HeadPairs, teacher: TeacherRows, weights: Tensor) -> Tensor:
+    def pair_kl(self, pairs: HeadPairs, teacher: SparseDistribution, weights: Tensor) -> Tensor:
         rows = pairs.queries(self.weights, self.queries.positions)
         return kl_of_rows(normalised(rows.to(compute_dtype(rows))), teacher, weights)
 

@@ -1,6 +1,6 @@
 """The row KL in three launches of triton kernels, straight from a layer's q and k, where a GPU and triton are at hand.
 
-Optional and chosen at run time: ``row_kl`` of ``row_math`` computes the same anywhere, and this is tested against it.
+Optional and chosen at run time: ``row_divergence.row_kl`` computes the same anywhere, and this is tested against it.
 """
 
 from __future__ import annotations
@@ -10,21 +10,27 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import CaptureError
-from .row_math import CHUNK_BYTES, HeadPairs, RowMask, TeacherRows
+from ..sparse import SparseDistribution
+from .masks import RowMask
+from .pairs import HeadPairs
+from .rows import CHUNK_BYTES
+from .triton_arguments import KeysArguments, RowsArguments, SpreadArguments, shared_strides, strides
 
 logger = logging.getLogger("seekr_peft")
 
 WIDEST_HEAD = 256
-"""Of a head's numbers; wider ones do not fit into a multiprocessor's registers."""
+"""The largest head dimension that the kernels can compute: a row of a larger one does not fit into the registers of a
+GPU's multiprocessor."""
 
 _BLOCK_Q, _BLOCK_K = 16, 64
+"""Queries, and stored entries of each, that one kernel program works on at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def suits(query: Tensor, key: Tensor, n_pairs: int, n_queries: int) -> bool:
         and 4 * n_queries * key.shape[2] <= CHUNK_BYTES
         # Places are counted in 32 bits.
         and max(_extent(query), _extent(key), n_pairs * max(n_queries, key.shape[2]) * query.shape[-1]) < 2**31
-        and _run_here(query.dtype, _blocks(query.shape[-1])[0], query.device)
+        and _run_here(query.dtype, _blocks(query.shape[-1]).head_dim, query.device)
     )
 
 
@@ -76,7 +82,9 @@ def _run_here(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
     single = torch.ones(1, 1, 1, device=device)
     first = torch.zeros(1, 1, dtype=torch.long, device=device)
     mask = RowMask(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device))
-    teacher = TeacherRows(torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device), single[..., None], 0 * single)
+    teacher = SparseDistribution(
+        torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device), single[..., None], 0 * single
+    )
     try:
         pairs = HeadPairs.of_all(first[0], 1)
         inputs = FusedInputs(query, query, pairs, first, mask, 1.0)
@@ -93,19 +101,8 @@ def _run_here(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
     return True
 
 
-def as_pairs(teacher: TeacherRows, weights: Tensor) -> tuple[TeacherRows, Tensor]:
-    """Rows of (batch, heads) and their weights as those of ``HeadPairs.of_all``."""
-    n_queries, k = teacher.indices.shape[2:]
-    flat = TeacherRows(
-        teacher.indices.reshape(1, -1, n_queries, k),
-        teacher.probabilities.reshape(1, -1, n_queries, k),
-        teacher.remaining.reshape(1, -1, n_queries),
-    )
-    return flat, weights.expand(teacher.remaining.shape).reshape(1, -1, n_queries)
-
-
-def row_kl(inputs: FusedInputs, teacher: TeacherRows, weights: Tensor) -> Tensor:
-    """As ``rows.row_kl`` of the pairs, for what ``suits``; the teacher's rows (1, n_pairs, n_queries, k).
+def row_kl(inputs: FusedInputs, teacher: SparseDistribution, weights: Tensor) -> Tensor:
+    """As ``row_divergence.row_kl`` of the pairs, for what ``suits``; the teacher's rows (1, n_pairs, n_queries, k).
 
     Raises:
         CaptureError: The teacher's rows are not those of these pairs and queries.
@@ -125,7 +122,7 @@ def row_kl(inputs: FusedInputs, teacher: TeacherRows, weights: Tensor) -> Tensor
 
 
 class _FusedRowKL(torch.autograd.Function):
-    """Makes the gradients along with the value and keeps nothing else; see ``rows.row_kl``."""
+    """Makes the gradients along with the value and keeps nothing else; see ``row_divergence.row_kl``."""
 
     @staticmethod
     def forward(
@@ -133,7 +130,7 @@ class _FusedRowKL(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         inputs: FusedInputs,
-        teacher: TeacherRows,
+        teacher: SparseDistribution,
         weights: Tensor,
         differentiable: bool,
     ) -> Tensor:
@@ -155,7 +152,7 @@ class _FusedRowKL(torch.autograd.Function):
 
 
 def _values(
-    inputs: FusedInputs, teacher: TeacherRows, weights: Tensor, differentiable: bool
+    inputs: FusedInputs, teacher: SparseDistribution, weights: Tensor, differentiable: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weighted loss of each row (n_pairs, n_queries), float32, and the gradients of the pairs' queries (n_pairs,
     n_queries, d) and keys (n_pairs, T_k, d)."""
@@ -180,77 +177,58 @@ def _values(
     key_gradient = None
     if differentiable:
         key_gradient = torch.empty(n_pairs, n_keys, head_dim, dtype=kept_dtype, device=query.device)
-    block_d, block_t, warps = _blocks(head_dim)
-    # A mask of one head is that of every slot.
-    addend_strides, sees_strides = (
-        [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-        for mask in (addend, sees)
-    )
+    blocks = _blocks(head_dim)
     for start in range(0, n_pairs, at_once):
         part = slice(start, start + at_once)
-        samples = pairs.samples[part]
+        arguments = RowsArguments(
+            query=query,
+            key=key,
+            samples=pairs.samples[part],
+            heads=pairs.heads[part],
+            slots=pairs.slots[part],
+            positions=positions,
+            addend=addend,
+            sees=sees,
+            weights=weights[part],
+            indices=indices[part],
+            kept=kept[part],
+            remaining=remaining[part],
+            rows=rows,
+            entries=entries,
+            losses=losses[part],
+            query_gradient=query_gradient[part],
+            **strides("bhtd", query=query, key=key),
+            **strides("bq", positions=positions),
+            # A mask of one head is that of every slot.
+            **shared_strides("bhqk", addend=addend),
+            **shared_strides("bhq", sees=sees),
+            **strides("hq", weights=weights),
+            n_queries=n_queries,
+            n_keys=n_keys,
+            n_kept=n_kept,
+            head_dim=head_dim,
+            group=query.shape[1] // key.shape[1],
+            scaling=inputs.scaling,
+        )
+        n_here = len(arguments.samples)
         with _on(query.device):
-            rows_kernel[(len(samples), -(-n_queries // _BLOCK_Q))](
-                query,
-                key,
-                samples,
-                pairs.heads[part],
-                pairs.slots[part],
-                positions,
-                addend,
-                sees,
-                weights[part],
-                indices[part],
-                kept[part],
-                remaining[part],
-                rows,
-                entries,
-                losses[part],
-                query_gradient[part],
-                *query.stride(),
-                *key.stride(),
-                *positions.stride(),
-                *addend_strides,
-                *sees_strides,
-                *weights.stride(),
-                n_queries,
-                n_keys,
-                n_kept,
-                head_dim,
-                query.shape[1] // key.shape[1],
-                inputs.scaling,
+            rows_kernel[(n_here, -(-n_queries // _BLOCK_Q))](
+                *arguments,
                 DIFFERENTIABLE=differentiable,
                 BLOCK_Q=_BLOCK_Q,
-                BLOCK_T=block_t,
-                BLOCK_D=block_d,
+                BLOCK_T=blocks.positions,
+                BLOCK_D=blocks.head_dim,
                 BLOCK_K=_BLOCK_K,
-                num_warps=warps,
+                num_warps=blocks.warps,
             )
-            if key_gradient is None:
-                continue
-            keys_kernel[(len(samples), -(-n_keys // block_t))](
-                query,
-                samples,
-                pairs.heads[part],
-                pairs.slots[part],
-                positions,
-                sees,
-                weights[part],
-                rows,
-                key_gradient[part],
-                *query.stride(),
-                *positions.stride(),
-                *sees_strides,
-                *weights.stride(),
-                n_queries,
-                n_keys,
-                head_dim,
-                inputs.scaling,
-                BLOCK_Q=_BLOCK_Q,
-                BLOCK_T=block_t,
-                BLOCK_D=block_d,
-                num_warps=warps,
-            )
+            if key_gradient is not None:
+                keys_kernel[(n_here, -(-n_keys // blocks.positions))](
+                    *KeysArguments.after(arguments, key_gradient[part]),
+                    BLOCK_Q=_BLOCK_Q,
+                    BLOCK_T=blocks.positions,
+                    BLOCK_D=blocks.head_dim,
+                    num_warps=blocks.warps,
+                )
     return losses, None if key_gradient is None else query_gradient, key_gradient
 
 
@@ -268,42 +246,56 @@ def _spread(
     all_queries, all_keys = (torch.empty_like(tensor, device=outer.device) for tensor in like)
     batch, n_query_heads, n_positions, head_dim = all_queries.shape
     n_key_heads, n_keys = all_keys.shape[1:3]
-    block_d, block_t, warps = _blocks(head_dim)
+    blocks = _blocks(head_dim)
+    arguments = SpreadArguments(
+        outer=outer,
+        starts=pairs.starts,
+        heads=pairs.heads,
+        positions=positions,
+        query_gradient=query_gradient,
+        key_gradient=key_gradient,
+        all_queries=all_queries,
+        all_keys=all_keys,
+        **strides("bq", positions=positions),
+        **strides("bhtd", all_queries=all_queries, all_keys=all_keys),
+        n_query_heads=n_query_heads,
+        n_key_heads=n_key_heads,
+        n_queries=query_gradient.shape[1],
+        n_positions=n_positions,
+        n_keys=n_keys,
+        head_dim=head_dim,
+        group=n_query_heads // n_key_heads,
+    )
     with _on(outer.device):
-        spread_kernel[(batch * (n_query_heads + n_key_heads), -(-max(n_positions, n_keys) // block_t))](
-            outer,
-            pairs.starts,
-            pairs.heads,
-            positions,
-            query_gradient,
-            key_gradient,
-            all_queries,
-            all_keys,
-            *positions.stride(),
-            *all_queries.stride(),
-            *all_keys.stride(),
-            n_query_heads,
-            n_key_heads,
-            query_gradient.shape[1],
-            n_positions,
-            n_keys,
-            head_dim,
-            n_query_heads // n_key_heads,
+        spread_kernel[(batch * (n_query_heads + n_key_heads), -(-max(n_positions, n_keys) // blocks.positions))](
+            *arguments,
             BLOCK_Q=_BLOCK_Q,
-            BLOCK_T=block_t,
-            BLOCK_D=block_d,
-            num_warps=warps,
+            BLOCK_T=blocks.positions,
+            BLOCK_D=blocks.head_dim,
+            num_warps=blocks.warps,
         )
     return all_queries, all_keys
 
 
-def _blocks(head_dim: int) -> tuple[int, int, int]:
-    """A power of two of a head's numbers; positions, of which as many fit beside them into the 64 kB of shared memory
-    that a T4 has; warps. Of what fits, the fastest on an H100 (100 queries, T = 1024)."""
+class _Blocks(NamedTuple):
+    """What one kernel program works on at a time."""
+
+    head_dim: int
+    """Numbers of a head: the head's own size, rounded up to a power of two."""
+    positions: int
+    """Positions whose keys (or queries) are held beside them."""
+    warps: int
+
+
+def _blocks(head_dim: int) -> _Blocks:
+    """The block sizes for heads of ``head_dim`` numbers.
+
+    As many positions as fit, at that head size, into the 64 kB of shared memory that a T4 has; of the sizes that fit,
+    those that were fastest on an H100 (100 queries, T = 1024)."""
     block_d = max(16, 1 << (head_dim - 1).bit_length())
     if block_d <= 64:
-        return block_d, 128, 8
-    return block_d, 64 if block_d <= 128 else 32, 4
+        return _Blocks(block_d, 128, 8)
+    return _Blocks(block_d, 64 if block_d <= 128 else 32, 4)
 
 
 def _on(device: torch.device) -> Any:

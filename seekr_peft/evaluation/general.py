@@ -167,12 +167,13 @@ def multiple_choice(
     import torch
     import torch.nn.functional as F
 
-    from ..model.answers import answer_logits, evaluation_mode, model_device
+    from ..model.answers import answer_logits, evaluation_mode
+    from ..model.facts import ModelFacts
 
     prepare_tokenizer(tokenizer)
     samples = [sample for question in questions for sample in _choice_samples(tokenizer, question, max_length)]
     collate = AnswerCollator(tokenizer.pad_token_id)
-    device = model_device(model)
+    device = ModelFacts.of(model).device
     scores = [0.0] * len(samples)
     # The longest first: what fits into memory once goes on fitting.
     longest_first = sorted(range(len(samples)), key=lambda index: -len(samples[index]["input_ids"]))
@@ -225,7 +226,8 @@ def text_loss(model: Model, tokenizer: Tokenizer, text: str, max_tokens: int, wi
     import torch
     import torch.nn.functional as F
 
-    from ..model.answers import evaluation_mode, model_device
+    from ..model.answers import evaluation_mode
+    from ..model.facts import ModelFacts
 
     prepare_tokenizer(tokenizer)
     front = TextCodec(tokenizer).front
@@ -238,7 +240,7 @@ def text_loss(model: Model, tokenizer: Tokenizer, text: str, max_tokens: int, wi
     if not windows:
         raise DataError(f"The held-out text {shown(text, 60)} has too few tokens to measure a loss; give a longer one.")
     collate = AnswerCollator(tokenizer.pad_token_id)
-    device = model_device(model)
+    device = ModelFacts.of(model).device
     total = 0.0
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(windows), batch_size):

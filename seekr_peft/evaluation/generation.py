@@ -262,7 +262,9 @@ def _greedy(tokenizer: Tokenizer, ends: list[int], max_new_tokens: int) -> Gener
 
 def prompt_room(model: Model, max_length: int, max_new_tokens: int) -> int:
     """Tokens a prompt may have: ``max_length``, or what the model's positions leave."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from ..model.facts import ModelFacts
+
+    positions = ModelFacts.of(model).positions
     if positions is None:
         return max_length
     room = positions - max_new_tokens

@@ -7,16 +7,17 @@ pairs of a sample and a head: what a batch holds and costs does not grow with th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..attention.row_math import HeadPairs, TeacherRows
+from ..attention.pairs import HeadPairs
 from ..heads import HeadSelection
-from ..losses import IGNORED, TeacherDistributions
-from .codec import SparseRows
+from ..sparse import SparseDistribution
+from ..tasks.tokenize import IGNORED_LABEL
 from .samples import ReplaySample
 from .storage import TeacherSignals, join_layers
 
@@ -31,7 +32,7 @@ class LayerTeacher:
     """
 
     pairs: HeadPairs
-    rows: TeacherRows
+    rows: SparseDistribution
     weights: Tensor
 
     def to(self, device: torch.device) -> LayerTeacher:
@@ -50,23 +51,18 @@ class ReplayBatch:
     queries: Tensor
     heads: HeadSelection
     layers: dict[int, LayerTeacher]
-    logits: TeacherDistributions | None
+    logits: SparseDistribution | None
 
     def to(self, device: torch.device) -> ReplayBatch:
         """Move everything to ``device``."""
-        layers = {layer: teacher.to(device) for layer, teacher in self.layers.items()}
-        logits = self.logits
-        if logits is not None:
-            parts = (logits.indices, logits.probabilities, logits.remaining)
-            logits = TeacherDistributions(*(part.to(device) for part in parts))
         return ReplayBatch(
             self.input_ids.to(device),
             self.attention_mask.to(device),
             self.labels.to(device),
             self.queries.to(device),
             self.heads,
-            layers,
-            logits,
+            {layer: teacher.to(device) for layer, teacher in self.layers.items()},
+            None if self.logits is None else self.logits.to(device),
         )
 
 
@@ -80,10 +76,7 @@ def collate(
     return collate_flat(
         samples,
         selections,
-        [
-            join_layers(signal.rows, selection) if selection else None
-            for signal, selection in zip(signals, selections, strict=True)
-        ],
+        [join_layers(signal.rows, selection) for signal, selection in zip(signals, selections, strict=True)],
         [signal.logits for signal in signals if signal.logits is not None],
         pad_token_id,
         torch.device("cpu"),
@@ -93,89 +86,107 @@ def collate(
 def collate_flat(
     samples: Sequence[ReplaySample],
     selections: Sequence[HeadSelection],
-    rows: Sequence[SparseRows | None],
-    logits: Sequence[TeacherDistributions],
+    rows: Sequence[SparseDistribution | None],
+    logits: Sequence[SparseDistribution],
     pad_token_id: int,
     device: torch.device,
 ) -> ReplayBatch:
-    """The same from rows as they are stored, by layer, then selected head, then query, and already on ``device``."""
+    """The same from rows as they are stored, (rows, k) by layer, then selected head, then query, and already on
+    ``device``; None where a sample's selection is empty."""
     length = max(len(sample.input_ids) for sample in samples)
     n_queries = max(len(sample.queries) for sample in samples)
     heads = _union(selections)
     return ReplayBatch(
         _pad([sample.input_ids for sample in samples], length, pad_token_id).to(device),
         _pad([torch.ones_like(sample.input_ids) for sample in samples], length, 0).to(device),
-        _pad([sample.labels for sample in samples], length, IGNORED).to(device),
+        _pad([sample.labels for sample in samples], length, IGNORED_LABEL).to(device),
         _pad([sample.queries for sample in samples], n_queries, 0).to(device),
         heads,
         _layers(heads, samples, selections, rows, n_queries, device) if heads else {},
-        _join(logits) if len(logits) == len(samples) else None,
+        SparseDistribution.join(logits) if len(logits) == len(samples) else None,
     )
+
+
+class _Pair(NamedTuple):
+    """A sample's selected head: its place among the tapped heads of its layer, the sample's number of queries, and the
+    weight of each of these rows."""
+
+    layer: int
+    sample: int
+    head: int
+    slot: int
+    n_queries: int
+    weight: float
 
 
 def _layers(
     heads: HeadSelection,
     samples: Sequence[ReplaySample],
     selections: Sequence[HeadSelection],
-    rows: Sequence[SparseRows | None],
+    rows: Sequence[SparseDistribution | None],
     n_queries: int,
     device: torch.device,
 ) -> dict[int, LayerTeacher]:
-    """Each layer's block of arrays over all layers, which take as many calls to fill as one layer's would."""
-    k = max(found.indices.shape[-1] for found in rows if found is not None)
-    pairs = {
-        layer: [(i, head) for i, chosen in enumerate(selections) for head in chosen.get(layer, ())] for layer in heads
-    }
-    places = {pair: place for place, pair in enumerate((layer, *pair) for layer in heads for pair in pairs[layer])}
-    n_rows = len(places) * n_queries
-    # Half of int64, which a layer's indices become while they are used.
-    indices = torch.zeros(n_rows, k, dtype=torch.int32, device=device)
-    probabilities = torch.zeros(n_rows, k, device=device)
-    remaining, weights = torch.zeros(n_rows, device=device), torch.zeros(n_rows, device=device)
-    for i, (sample, selection, found) in enumerate(zip(samples, selections, rows, strict=True)):
-        if found is None:
-            continue
-        count = len(sample.queries)
-        first_rows, shares = [], []
-        for layer, chosen in selection.items():
-            first_rows += [n_queries * places[layer, i, head] for head in chosen]
-            shares += [1 / (len(chosen) * count * len(selection) * len(samples))] * len(chosen)
-        target = torch.tensor(first_rows)[:, None] + torch.arange(count)
-        target = target.flatten().to(device)
-        width = found.indices.shape[-1]
-        indices[target, :width] = found.indices.int()
-        probabilities[target, :width] = found.probabilities
-        remaining[target] = found.remaining
-        weights[target] = torch.tensor(shares).repeat_interleave(count).to(device)
-    layers, start = {}, 0
-    for layer, own in _pairs(heads, pairs, len(samples), device).items():
-        shape = (1, len(pairs[layer]), n_queries)
-        block = slice(start, start + len(pairs[layer]) * n_queries)
-        start = block.stop
-        stored = indices[block].view(*shape, k), probabilities[block].view(*shape, k), remaining[block].view(shape)
-        layers[layer] = LayerTeacher(own, TeacherRows(*stored), weights[block].view(shape))
-    return layers
-
-
-def _pairs(
-    heads: HeadSelection, pairs: dict[int, list[tuple[int, int]]], n_samples: int, device: torch.device
-) -> dict[int, HeadPairs]:
-    """Of all layers, moved to ``device`` at once."""
-    counts = {layer: [sum(i == sample for sample, _ in pairs[layer]) for i in range(n_samples)] for layer in heads}
-    numbers = [
-        (
-            [sample for sample, _ in pairs[layer]],
-            [head for _, head in pairs[layer]],
-            [heads[layer].index(head) for _, head in pairs[layer]],
-            [0, *accumulate(counts[layer])],
-        )
-        for layer in heads
+    """The rows of all pairs joined, put in order of their layers and cut there: as few calls as one layer takes."""
+    stored = _pairs(heads, samples, selections)
+    order = sorted(range(len(stored)), key=lambda place: stored[place].layer)
+    pairs = [stored[place] for place in order]
+    blocks = [
+        found.reshape(-1, len(sample.queries)).pad(n_rows=n_queries)
+        for sample, found in zip(samples, rows, strict=True)
+        if found is not None
     ]
-    flat = torch.tensor([number for layer in numbers for part in layer for number in part]).to(device)
-    parts = iter(flat.split([len(part) for layer in numbers for part in layer]))
+    joined = SparseDistribution.join(blocks)
+    # Half of int64, which a layer's indices become while they are used.
+    joined = replace(joined, indices=joined.indices.int()).pick(torch.tensor(order).to(device))
+    real = torch.arange(n_queries) < torch.tensor([pair.n_queries for pair in pairs])[:, None]
+    weights = torch.where(real, torch.tensor([pair.weight for pair in pairs])[:, None], 0).to(device)
+    by_layer = _head_pairs(heads, pairs, len(samples), device)
+    sizes = [len(own.heads) for own in by_layer.values()]
+    cut = zip(by_layer.items(), joined.split(sizes), weights.split(sizes), strict=True)
     return {
-        layer: HeadPairs(next(parts), next(parts), next(parts), next(parts), tuple(counts[layer])) for layer in heads
+        layer: LayerTeacher(own, teacher.reshape(1, -1, n_queries), weight[None])
+        for (layer, own), teacher, weight in cut
     }
+
+
+def _pairs(heads: HeadSelection, samples: Sequence[ReplaySample], selections: Sequence[HeadSelection]) -> list[_Pair]:
+    """In the order of the stored rows: by sample, layer, head."""
+    return [
+        _Pair(
+            layer,
+            i,
+            head,
+            heads[layer].index(head),
+            len(sample.queries),
+            1 / (len(chosen) * len(sample.queries) * len(selection) * len(samples)),
+        )
+        for i, (sample, selection) in enumerate(zip(samples, selections, strict=True))
+        for layer, chosen in selection.items()
+        for head in chosen
+    ]
+
+
+def _head_pairs(
+    heads: HeadSelection, pairs: Sequence[_Pair], n_samples: int, device: torch.device
+) -> dict[int, HeadPairs]:
+    """Of all layers, moved to ``device`` at once; ``pairs`` in order of their layers."""
+    counts = {layer: [0] * n_samples for layer in heads}
+    for pair in pairs:
+        counts[pair.layer][pair.sample] += 1
+    columns = [
+        [pair.sample for pair in pairs],
+        [pair.head for pair in pairs],
+        [pair.slot for pair in pairs],
+        [start for own in counts.values() for start in (0, *accumulate(own))],
+    ]
+    flat = torch.tensor([number for column in columns for number in column]).to(device)
+    samples, own_heads, slots, starts = flat.split([len(column) for column in columns])
+    sizes = [sum(own) for own in counts.values()]
+    parts = zip(
+        samples.split(sizes), own_heads.split(sizes), slots.split(sizes), starts.split(n_samples + 1), strict=True
+    )
+    return {layer: HeadPairs(*part, tuple(counts[layer])) for layer, part in zip(counts, parts, strict=True)}
 
 
 def _union(selections: Sequence[HeadSelection]) -> HeadSelection:
@@ -191,13 +202,3 @@ def _pad(rows: list[Tensor], length: int, value: int) -> Tensor:
     for i, row in enumerate(rows):
         batch[i, : len(row)] = row
     return batch
-
-
-def _join(parts: Sequence[TeacherDistributions]) -> TeacherDistributions:
-    k = max(part.indices.shape[-1] for part in parts)
-    pad = torch.nn.functional.pad
-    return TeacherDistributions(
-        torch.cat([pad(part.indices, (0, k - part.indices.shape[-1])) for part in parts]),
-        torch.cat([pad(part.probabilities, (0, k - part.probabilities.shape[-1])) for part in parts]),
-        torch.cat([part.remaining for part in parts]),
-    )

@@ -1,8 +1,8 @@
 """Sparse distributions packed into few bytes: two for an entry of an attention row and three for one of the logits
 in the default coding.
 
-A row is a handful of (index, probability) entries and one remaining mass. Rows differ in their number of entries, so
-their entries lie behind one another in flat arrays. Pure tensor code.
+A row of a ``SparseDistribution`` is a handful of (index, probability) entries and one remaining mass. Rows differ in
+their number of entries, so their entries lie behind one another in flat arrays. Pure tensor code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..sparse import SparseDistribution
+
 StorageDtype = Literal["uint8", "float16", "float32"]
 
 LOG_STEP = 12 / 255
@@ -22,16 +24,6 @@ LOG_STEP = 12 / 255
 Rounding costs a KL of about LOG_STEP^2 / 24 = 1e-4 nats, far below what the entries left out cost."""
 
 _VALUES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class SparseRows:
-    """``indices`` int64 and ``probabilities`` float (rows, k), ``remaining`` float (rows,). Entries of probability 0
-    are absent."""
-
-    indices: Tensor
-    probabilities: Tensor
-    remaining: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,8 +45,10 @@ class PackedRows:
         return PackedRows(*(part.to(device) for part in (self.sizes, self.gaps, self.values, self.remaining)))
 
 
-def pack(rows: SparseRows, storage_dtype: StorageDtype, gap_dtype: torch.dtype) -> PackedRows:
-    """Pack ``rows``. ``gap_dtype``: uint8 where indices lie close together (keys), int16 where not (vocabularies)."""
+def pack(rows: SparseDistribution, storage_dtype: StorageDtype, gap_dtype: torch.dtype) -> PackedRows:
+    """Pack ``rows``, of any shape, one behind the other. ``gap_dtype``: uint8 where indices lie close together (keys),
+    int16 where not (vocabularies)."""
+    rows = rows.reshape(-1)
     kept, remaining = rows.probabilities.float(), rows.remaining.float()
     if storage_dtype == "uint8":
         dropped = (kept > 0) & (kept < math.exp(-255.5 * LOG_STEP))
@@ -71,8 +65,8 @@ def pack(rows: SparseRows, storage_dtype: StorageDtype, gap_dtype: torch.dtype) 
     return PackedRows(_small(sizes), gaps, values, remaining.to(mass_dtype))
 
 
-def unpack(packed: PackedRows) -> SparseRows:
-    """The rows again, float32, entries in order of their index, padded with absent entries to the longest row.
+def unpack(packed: PackedRows) -> SparseDistribution:
+    """The rows again, (rows, k) float32, entries in order of their index, padded with absent ones to the longest row.
 
     The probabilities are scaled so that they and the remaining mass sum to 1 again."""
     indices, counts = _decode_gaps(packed.gaps, packed.sizes.long())
@@ -86,7 +80,7 @@ def unpack(packed: PackedRows) -> SparseRows:
     remaining = packed.remaining.float()
     # Rounding moved the sum off 1; the remaining mass is the more exact of the two.
     total = kept.sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return SparseRows(padded_indices, kept * ((1 - remaining) / total)[:, None], remaining)
+    return SparseDistribution(padded_indices, kept * ((1 - remaining) / total)[:, None], remaining)
 
 
 def value_bytes(storage_dtype: StorageDtype) -> int:

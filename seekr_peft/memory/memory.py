@@ -10,7 +10,6 @@ import torch
 
 from ..errors import MemoryFormatError
 from ..files.manifest import MANIFEST_FILE, folder_damages
-from ..losses import TeacherDistributions
 from .batch import ReplayBatch, collate_flat
 from .codec import unpack
 from .storage import HEADER_FILE, WEIGHTS_FILE, TaskMemory
@@ -59,12 +58,11 @@ class ReplayMemory:
         CPU). What lies on disk is moved as it is and decoded there."""
         device = device or torch.device("cpu")
         packed = [self.tasks[task].packed(index) for task, index in places]
-        logits = [unpack(found.logits.to(device)) for found in packed if found.logits is not None]
         return collate_flat(
             [self.tasks[task].sample(index) for task, index in places],
             [self.tasks[task].selection for task, _ in places],
             [None if found.rows is None else unpack(found.rows.to(device)) for found in packed],
-            [TeacherDistributions(**vars(rows)) for rows in logits],
+            [unpack(found.logits.to(device)) for found in packed if found.logits is not None],
             pad_token_id,
             device,
         )

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..config import QueryChoice
 from ..errors import DataError
+from ..model.answers import answer_positions, count_answers
 from ..tasks.inputs import check_sample
+from ..tasks.tokenize import IGNORED_LABEL
 
 SampleSelector = Callable[[Any, int, int], Sequence[int]]
 """``(dataset, count, seed) -> indices`` of the samples to keep."""
@@ -80,7 +82,7 @@ def draw_queries(length: int, budget: int | None, seed: int, first: Tensor | Non
 def choose_queries(labels: Tensor, budget: int | None, seed: int, query_choice: QueryChoice) -> Tensor:
     """The query positions of a sample with ``labels`` (T,): ``draw_queries``, under "answer" first of those that
     predict the answer tokens."""
-    first = (labels[1:] != -100).nonzero().flatten() if query_choice == "answer" else None
+    first = answer_positions(labels[None]).position if query_choice == "answer" else None
     return draw_queries(len(labels), budget, seed, first)
 
 
@@ -96,8 +98,8 @@ def choose_samples(
     """Draw the replay samples of a task from its tokenised training set.
 
     Args:
-        dataset: Sized and indexable; each item has ``input_ids`` and ``labels`` (answer tokens, -100 elsewhere),
-            without padding or with an ``attention_mask`` that marks it.
+        dataset: Sized and indexable; each item has ``input_ids`` and ``labels`` (answer tokens, and ``IGNORED_LABEL``
+            elsewhere), without padding or with an ``attention_mask`` that marks it.
         input_names: What the model's forward takes; a sample's column of such a name cannot be left out.
         query_choice: "answer" draws the positions that predict the answer tokens before any other.
 
@@ -152,10 +154,10 @@ def _sample(
     if "attention_mask" in item:
         real = torch.as_tensor(item["attention_mask"]).bool()
         input_ids, labels = input_ids[real], labels[real]
-    if not (labels[1:] != -100).any():
+    if not count_answers(labels):
         raise DataError(
-            f"sample {index} of replay_from has no answer token (every label is -100), so there is nothing to replay; "
-            f"raise max_length or drop the sample."
+            f"sample {index} of replay_from has no answer token (every label is {IGNORED_LABEL}), so there is nothing "
+            f"to replay; raise max_length or drop the sample."
         )
     queries = choose_queries(labels, query_budget, _mixed(seed, index), query_choice)
     return ReplaySample(input_ids.long(), labels.long(), queries)

@@ -27,12 +27,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..attention.row_math import TeacherRows
 from ..errors import MemoryFormatError
 from ..files.atomic import save_tensors, write_json
 from ..heads import HeadSelection
-from ..losses import IGNORED, TeacherDistributions, answer_positions
-from .codec import PackedRows, SparseRows, StorageDtype, longest_gap, mass_bytes, pack, unpack, value_bytes
+from ..model.answers import count_answers
+from ..sparse import SparseDistribution
+from ..tasks.tokenize import IGNORED_LABEL
+from .codec import PackedRows, StorageDtype, longest_gap, mass_bytes, pack, unpack, value_bytes
 from .samples import ReplaySample
 
 FORMAT = 3
@@ -55,8 +56,8 @@ class TeacherSignals:
     """What the teacher did on one replay sample: ``rows`` by layer, each (heads, n_queries, k) and without a batch
     axis, and ``logits`` at the positions that predict the answer tokens. Either may be empty or None."""
 
-    rows: dict[int, TeacherRows]
-    logits: TeacherDistributions | None
+    rows: dict[int, SparseDistribution]
+    logits: SparseDistribution | None
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ class PackedSignals:
     @classmethod
     def of(cls, signals: TeacherSignals, selection: HeadSelection, storage_dtype: StorageDtype) -> PackedSignals:
         """Pack ``signals``, whose rows are those of the heads in ``selection``."""
-        rows, logits = None, signals.logits
-        if selection:
-            rows = pack(join_layers(signals.rows, selection), storage_dtype, GAP_DTYPES["rows"])
-        return cls(rows, pack(SparseRows(**vars(logits)), storage_dtype, GAP_DTYPES["logits"]) if logits else None)
+        rows, logits = join_layers(signals.rows, selection), signals.logits
+        return cls(
+            None if rows is None else pack(rows, storage_dtype, GAP_DTYPES["rows"]),
+            None if logits is None else pack(logits, storage_dtype, GAP_DTYPES["logits"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,6 @@ class TeacherQuality:
     loss: float
     answer_entropy: float
     worth_imitating: bool
-
-
-def count_answers(sample: ReplaySample) -> int:
-    """Number of answer tokens that the sample predicts."""
-    return len(answer_positions(sample.labels[None])[0])
 
 
 def estimate_bytes(
@@ -114,7 +111,7 @@ def estimate_bytes(
         n_entries = min(n_rows * row_top_k, n_heads * int(visible.sum()))
         # Each entry has one place, and 255 keys passed over take one more.
         gaps = n_entries + n_heads * int((visible // (longest_gap(GAP_DTYPES["rows"]) + 1)).sum())
-        answers = count_answers(sample) if logit_top_k else 0
+        answers = count_answers(sample.labels) if logit_top_k else 0
         total += len(sample.input_ids) * 8 + len(visible) * 4
         total += n_rows * (size + mass) + n_entries * value + gaps
         n_entries = min(logit_top_k, vocabulary)
@@ -172,18 +169,8 @@ class TaskMemory:
             self._read("queries", queries).long(),
         )
 
-    def signals(self, index: int) -> TeacherSignals:
-        """What the teacher did on the ``index``-th sample; probabilities and remaining mass sum to 1, float32."""
-        packed = self.packed(index)
-        rows: dict[int, TeacherRows] = {}
-        if packed.rows is not None:
-            queries = self._span("query_offsets", index)
-            rows = _split_by_layer(unpack(packed.rows), self.selection, queries.stop - queries.start)
-        logits = None if packed.logits is None else TeacherDistributions(**vars(unpack(packed.logits)))
-        return TeacherSignals(rows, logits)
-
     def packed(self, index: int) -> PackedSignals:
-        """The same as it lies on disk."""
+        """What the teacher did on the ``index``-th sample, as it lies on disk; ``codec.unpack`` gives its rows."""
         rows = logits = None
         if self.selection:
             queries, n_heads = self._span("query_offsets", index), self.selection.n_heads
@@ -212,7 +199,7 @@ class TaskMemory:
         length, ids, labels, queries = len(sample.input_ids), sample.input_ids, sample.labels, sample.queries
         if bool(((ids < 0) | (ids >= vocabulary)).any()):
             return "token ids out of the vocabulary"
-        if bool(((labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))).any()):
+        if bool(((labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocabulary))).any()):
             return "labels out of the vocabulary"
         if bool(((queries < 0) | (queries >= length)).any()) or bool((queries.diff() <= 0).any()):
             return "queries out of the sample or out of order"
@@ -338,7 +325,7 @@ def _join_samples(samples: Sequence[ReplaySample]) -> dict[str, Tensor]:
         "queries": torch.cat([sample.queries for sample in samples]).int(),
         "token_offsets": _offsets(len(sample.input_ids) for sample in samples),
         "query_offsets": _offsets(len(sample.queries) for sample in samples),
-        "answer_offsets": _offsets(count_answers(sample) for sample in samples),
+        "answer_offsets": _offsets(count_answers(sample.labels) for sample in samples),
     }
 
 
@@ -355,42 +342,16 @@ def _join_packed(kind: str, parts: list[PackedRows]) -> dict[str, Tensor]:
     }
 
 
-def _are_shares(rows: SparseRows, last: Tensor) -> bool:
+def _are_shares(rows: SparseDistribution, last: Tensor) -> bool:
     """Whether each row has indices up to ``last`` and shares of 1."""
     fits = bool((rows.indices <= last[:, None]).all()) and bool((rows.indices >= 0).all())
     shares = torch.cat([rows.probabilities, rows.remaining[:, None]], dim=-1)
     return fits and bool(((shares >= 0) & (shares <= 1.01)).all())
 
 
-def join_layers(rows: dict[int, TeacherRows], selection: HeadSelection) -> SparseRows:
-    """One sample's rows of all layers behind one another: by layer, head, query."""
-    k = max(rows[layer].indices.shape[-1] for layer in selection)
-
-    def flat(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, k - tensor.shape[-1])).reshape(-1, k)
-
-    return SparseRows(
-        torch.cat([flat(rows[layer].indices) for layer in selection]),
-        torch.cat([flat(rows[layer].probabilities) for layer in selection]),
-        torch.cat([rows[layer].remaining.reshape(-1) for layer in selection]),
-    )
-
-
-def _split_by_layer(rows: SparseRows, selection: HeadSelection, n_queries: int) -> dict[int, TeacherRows]:
-    """The inverse of ``join_layers``, each layer cut to its longest row."""
-    layers, start = {}, 0
-    for layer, heads in selection.items():
-        part, shape = slice(start, start + len(heads) * n_queries), (len(heads), n_queries)
-        probabilities = rows.probabilities[part]
-        # Entries lie at the front of their row.
-        k = max(1, int((probabilities > 0).sum(dim=-1).max()))
-        layers[layer] = TeacherRows(
-            rows.indices[part, :k].reshape(*shape, k),
-            probabilities[:, :k].reshape(*shape, k),
-            rows.remaining[part].reshape(shape),
-        )
-        start = part.stop
-    return layers
+def join_layers(rows: dict[int, SparseDistribution], selection: HeadSelection) -> SparseDistribution | None:
+    """One sample's rows of all layers behind one another, (rows, k): by layer, head, query; None without heads."""
+    return SparseDistribution.join([rows[layer].reshape(-1) for layer in selection]) if selection else None
 
 
 def _offsets(lengths: Any) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..attention.models import base_transformer
 from ..config import SeekrConfig
 from ..errors import ConfigError, RunError, shown
 from ..files.atomic import checksum, partial_path, read_object, replacing_folder, scratch_folder
@@ -38,6 +37,7 @@ from ..losses import ReplayTerms
 from ..model.adapter_effect import probe_tokens, unchanged_outputs
 from ..model.adapter_stack import AdapterStack, Mode, RankLimit
 from ..model.devices import check_one_process
+from ..model.facts import ModelFacts
 from ..model.kind import base_fingerprint, check_model
 from ..tasks.inputs import check_rows
 from .divergence import Moment, check_adapter
@@ -100,6 +100,7 @@ class ContinualMethod:
                 f"{adapter_mode!r}; in a recipe set adapter.mode."
             )
         self.model = model
+        self.facts = ModelFacts.of(model)
         self.config = config or SeekrConfig()
         if isinstance(model, PeftModel):
             # The stack refuses anything else; what is refused here leaves the model as it was.
@@ -470,7 +471,7 @@ class ContinualMethod:
         self._write_state(self.ledger)
 
     def _vocabulary(self) -> int:
-        return int(base_transformer(self.model).get_input_embeddings().num_embeddings)
+        return int(self.facts.input_embeddings.num_embeddings)
 
     def after_saving(self, directory: Path) -> None:
         """Called when the task's directory is in its final place."""

@@ -15,7 +15,7 @@ from ..errors import MemoryFormatError
 from ..files.atomic import save_tensors
 from ..losses import label_loss
 from ..memory import ReplaySample, choose_samples
-from ..model.answers import answer_logits, evaluation_mode, input_names, model_device
+from ..model.answers import answer_logits, evaluation_mode
 from .base import ContinualMethod
 
 FISHER_FILE = "fisher.safetensors"
@@ -44,7 +44,7 @@ class Ewc(ContinualMethod):
         size = len(replay_from) if hasattr(replay_from, "__len__") else 1
         ratio = min(1.0, self.config.ewc_samples / max(1, size))
         seed = self.config.seed + len(self.task_names)
-        self._samples = choose_samples(replay_from, ratio, 1, seed, input_names=input_names(self.model))
+        self._samples = choose_samples(replay_from, ratio, 1, seed, input_names=self.facts.input_names)
 
     def penalty(self) -> Tensor | None:
         if not self._tasks or self.config.ewc_lambda == 0:
@@ -63,7 +63,7 @@ class Ewc(ContinualMethod):
         fisher = {path: torch.zeros_like(parameter) for path, parameter in parameters.items()}
         with evaluation_mode(self.model), torch.enable_grad():
             for sample in self._samples:
-                ids = sample.input_ids[None].to(model_device(self.model))
+                ids = sample.input_ids[None].to(self.facts.device)
                 labels = sample.labels[None].to(ids.device)
                 loss = label_loss(*answer_logits(self.model, ids, torch.ones_like(ids), labels))
                 gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -84,7 +84,7 @@ class Ewc(ContinualMethod):
     def _read(self, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         path = directory / FISHER_FILE
         try:
-            tensors = load_file(path, device=str(model_device(self.model)))
+            tensors = load_file(path, device=str(self.facts.device))
         except (OSError, SafetensorError) as error:
             raise MemoryFormatError(f"{path} cannot be read ({error}); run that task again.") from error
         found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})

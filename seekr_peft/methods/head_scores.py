@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionTap, head_shape
+from ..attention import AttentionTap
 from ..attention.capture import AttentionCall
-from ..attention.models import attention_modules
-from ..attention.row_math import normalised, sparse_rows
+from ..attention.rows import normalised
 from ..config import Norm
 from ..heads import HeadSelection
-from ..losses import TeacherDistributions, answer_entropy, label_loss
+from ..losses import answer_entropy, label_loss
 from ..memory import ReplaySample, TeacherSignals
 from ..model.adapter_stack import AdapterStack
-from ..model.answers import answer_logits, differentiable_input, evaluation_mode, model_device
+from ..model.answers import answer_logits, differentiable_input, evaluation_mode
+from ..model.facts import ModelFacts
+from ..sparse import SparseDistribution, sparse_rows
 
 Progress = Callable[[], None]
 
@@ -52,8 +53,9 @@ def score_heads(
     Source: SEEKR (arXiv 2411.06171), section 3.2.
     """
     model = stack.model
-    n_layers, n_heads = head_shape(model)
-    heads = HeadSelection({layer: range(n_heads) for layer in attention_modules(model)})
+    facts = ModelFacts.of(model)
+    n_layers, n_heads = facts.head_shape
+    heads = HeadSelection({layer: range(n_heads) for layer in facts.attention_layers})
     scores = torch.zeros(2, n_layers, n_heads, dtype=torch.float64)
     with evaluation_mode(model, checkpointing=True), stack.frozen():
         for sample in samples:
@@ -104,32 +106,25 @@ def teach(
         What ``keep`` gave of each sample's signals (on the CPU), the mean loss and the mean answer entropy, both in
         nats per answer token.
     """
-    signals, losses, entropies = [], [], []
+    signals, losses, entropies, n_answers = [], [], [], 0
     with evaluation_mode(model):
         for sample in samples:
             with AttentionTap(model, heads, queries=sample.queries[None]) as tap:
                 logits, targets = _logits_of(model, sample)
                 exact = {layer: normalised(rows[0]) for layer, rows in tap.rows.items()}
             rows = {
-                layer: kept.to(torch.device("cpu"), kept.probabilities.dtype)
-                for layer, kept in sparse_rows(exact, row_top_k, kept_mass).items()
+                layer: kept.to(torch.device("cpu")) for layer, kept in sparse_rows(exact, row_top_k, kept_mass).items()
             }
             distributions = None
             if logit_top_k:
-                distributions = TeacherDistributions.from_logits(logits.cpu(), logit_top_k, kept_mass)
+                distributions = SparseDistribution.from_logits(logits.cpu(), logit_top_k, kept_mass)
             signals.append(keep(TeacherSignals(rows, distributions)))
             losses.append(label_loss(logits, targets).cpu() * len(targets))
             entropies.append(answer_entropy(logits).sum().cpu())
+            n_answers += len(targets)
             if progress:
                 progress()
-    n_answers = sum(len(signal_targets(sample)) for sample in samples)
     return signals, float(sum(losses)) / n_answers, float(sum(entropies)) / n_answers
-
-
-def signal_targets(sample: ReplaySample) -> Tensor:
-    """The answer tokens that the sample predicts, (n_answer,)."""
-    labels = sample.labels[1:]
-    return labels[labels != -100]
 
 
 def changes_and_gradients(
@@ -164,9 +159,8 @@ def changes_and_gradients(
 
 
 def _logits_of(model: nn.Module, sample: ReplaySample) -> tuple[Tensor, Tensor]:
-    device = model_device(model)
-    input_ids = sample.input_ids[None].to(device)
-    return answer_logits(model, input_ids, torch.ones_like(input_ids), sample.labels[None].to(device))
+    input_ids = sample.input_ids[None].to(ModelFacts.of(model).device)
+    return answer_logits(model, input_ids, torch.ones_like(input_ids), sample.labels[None].to(input_ids.device))
 
 
 def _norm(squares: Tensor, entries: int, norm: Norm) -> Tensor:

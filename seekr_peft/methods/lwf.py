@@ -14,7 +14,7 @@ from torch import nn
 from ..heads import HeadSelection
 from ..losses import ReplayTerms, softened_kl
 from ..memory import ReplayBatch, ReplaySample, TeacherSignals, choose_samples, collate
-from ..model.answers import answer_logits, evaluation_mode, input_names, model_device, pad_token_id
+from ..model.answers import answer_logits, evaluation_mode
 from .base import ContinualMethod
 from .rhythm import Rhythm
 
@@ -40,7 +40,7 @@ class Lwf(ContinualMethod):
     def before_training(self, replay_from: Any) -> None:
         """Every sample of the task may be drawn."""
         if self._has_teacher():
-            self._samples = choose_samples(replay_from, 1.0, 1, self.config.seed, input_names=input_names(self.model))
+            self._samples = choose_samples(replay_from, 1.0, 1, self.config.seed, input_names=self.facts.input_names)
             self._stream = self._batches()
 
     def go_to(self, place: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ class Lwf(ContinualMethod):
     @contextmanager
     def replay_terms(self, model: nn.Module) -> Iterator[ReplayTerms]:
         self._n_replayed += 1
-        batch = next(self._stream).to(model_device(self.model))
+        batch = next(self._stream).to(self.facts.device)
         inputs = (batch.input_ids, batch.attention_mask, batch.labels)
         # Dropout off for the teacher alone: it is one fixed model.
         with evaluation_mode(model), self.stack.before_task(), torch.no_grad():
@@ -79,4 +79,4 @@ class Lwf(ContinualMethod):
             order = torch.randperm(len(samples), generator=generator).tolist()
             for start in range(0, len(order) - size + 1, size):
                 chosen = [samples[index] for index in order[start : start + size]]
-                yield collate(chosen, [HeadSelection({})] * size, [nothing] * size, pad_token_id(self.model))
+                yield collate(chosen, [HeadSelection({})] * size, [nothing] * size, self.facts.pad_token_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +14,7 @@ from ..config import SeekrConfig
 from ..losses import ReplayTerms, combine, label_loss
 from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples, estimate_bytes
 from ..memory.samples import SELECTORS, SampleSelector, check_token_ids
-from ..model.answers import answer_logits, input_names, model_device, pad_token_id
-from ..model.kind import embedding_rows
+from ..model.answers import answer_logits
 from .base import ContinualMethod
 from .rhythm import Rhythm, plan_rhythm
 
@@ -55,9 +53,9 @@ class Replay(ContinualMethod):
             seed,
             self._select,
             self.config.query_choice,
-            input_names(self.model),
+            self.facts.input_names,
         )
-        check_token_ids(self._samples, embedding_rows(self.model))
+        check_token_ids(self._samples, self.facts.embedding_rows)
         self._stream = self._batches()
 
     def go_to(self, place: dict[str, Any]) -> None:
@@ -68,9 +66,8 @@ class Replay(ContinualMethod):
         """The earlier tasks' samples in this task's order, from the place that it has come to."""
         seed = self.config.seed + len(self.task_names)
         # Asked for each batch: a Trainer moves the model after the task began.
-        where = partial(model_device, self.model)
-        size, pad = self.config.replay_batch_size, pad_token_id(self.model)
-        return self.memory.stream(size, seed, pad, where, self._n_replayed)
+        facts, size = self.facts, self.config.replay_batch_size
+        return self.memory.stream(size, seed, facts.pad_token_id, lambda: facts.device, self._n_replayed)
 
     def start_training(self, total_steps: int | None = None, epochs: float = 1.0) -> None:
         """Plan when replay batches fall due."""
@@ -104,7 +101,7 @@ class Replay(ContinualMethod):
     def after_restore(self, directories: list[Path]) -> None:
         self.memory = ReplayMemory([TaskMemory(directory) for directory in directories])
         for task in self.memory.tasks if not self.was_listed else []:
-            task.check_values(embedding_rows(self.model))
+            task.check_values(self.facts.embedding_rows)
 
     def estimated_bytes(self) -> int:
         """Bytes that the current task's memory will take, before anything is computed."""
@@ -112,7 +109,7 @@ class Replay(ContinualMethod):
 
     def _next_batch(self) -> ReplayBatch:
         self._n_replayed += 1
-        return next(self._stream).to(model_device(self.model))
+        return next(self._stream).to(self.facts.device)
 
     def _label_terms(self, logits: Tensor, targets: Tensor) -> ReplayTerms:
         return combine(label_loss(logits, targets), None, None, 1.0, 0.0)

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..attention import AttentionTap, head_shape
+from ..attention import AttentionTap
 from ..attention.capture import AttentionCall
-from ..attention.models import attention_modules, base_transformer, check_capture, uses_reentrant_checkpointing
+from ..attention.models import check_capture, uses_reentrant_checkpointing
 from ..config import SeekrConfig
 from ..errors import CaptureError, MemoryFormatError
 from ..files.atomic import save_tensors
@@ -64,8 +64,8 @@ class Seekr(Replay):
         self.importance = ImportanceRecord()
         self.selections: list[HeadSelection] = []
         self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
-        self._shape = head_shape(model)
-        self._layers = sorted(attention_modules(model))
+        self._shape = self.facts.head_shape
+        self._layers = self.facts.attention_layers
 
     def check_model(self, model: PeftModel) -> None:
         super().check_model(model)
@@ -167,7 +167,7 @@ class Seekr(Replay):
             config.distilled_heads(len(self._layers), self._shape[1]),
             config.row_top_k,
             config.logit_top_k if config.logits_distillation else 0,
-            int(base_transformer(self.model).config.get_text_config().vocab_size),
+            self.facts.vocabulary,
             config.storage_dtype,
         )
 
@@ -215,13 +215,12 @@ class Seekr(Replay):
         return record, selection
 
     def _model_identity(self) -> dict[str, int | str]:
-        config = base_transformer(self.model).config.get_text_config()
         n_layers, n_heads = self._shape
         return {
-            "model_type": config.model_type,
+            "model_type": self.facts.model_type,
             "n_layers": n_layers,
             "n_heads": n_heads,
-            "vocabulary": int(config.vocab_size),
+            "vocabulary": self.facts.vocabulary,
         }
 
     def _save_importance(self) -> None:

@@ -20,9 +20,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..attention.models import base_transformer
 from ..errors import AdapterError, DivergenceError
-from .answers import evaluation_mode, model_device, pad_token_id
+from .answers import evaluation_mode
+from .facts import ModelFacts
 
 ROWS, LENGTH = 4, 32
 """Samples, and tokens of each (its last ones), that are looked at."""
@@ -90,8 +90,9 @@ def _last_tokens(sample: Any) -> Tensor:
 def _outputs(model: nn.Module, rows: list[Tensor]) -> tuple[Tensor, bool]:
     """Outputs (n_tokens, at most about ``MOST_OUTPUTS``), float32 on the CPU, and whether all of it was computed in
     float32 there."""
-    device = model_device(model)
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id(model)).to(device)
+    facts = ModelFacts.of(model)
+    device = facts.device
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=facts.pad_token_id).to(device)
     real = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
     inputs = {"input_ids": ids, "attention_mask": real}
     # accelerate leaves its autocast around the forward, where only something inside of it can see it.
@@ -118,7 +119,7 @@ def _is_float32(model: nn.Module) -> bool:
 
 
 def _has_experts(model: nn.Module) -> bool:
-    config = base_transformer(model).config.get_text_config().to_dict()
+    config = ModelFacts.of(model).config.to_dict()
     return any("expert" in key and isinstance(count, int) and count > 1 for key, count in config.items())
 
 

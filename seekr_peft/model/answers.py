@@ -1,16 +1,47 @@
-"""One forward of a causal model that returns logits only where an answer token is predicted."""
+"""A model's answers: where they stand, the logits that predict them, and the modes in which they are computed.
+
+Nothing else in the package shifts labels, so what another kind of model does otherwise (an encoder-decoder predicts a
+label at its own place) is changed here.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from ..attention.models import base_transformer
-from ..losses import answer_positions
+from ..tasks.tokenize import IGNORED_LABEL
+from .facts import ModelFacts
+
+
+class Answers(NamedTuple):
+    """Where the answer tokens of a batch are predicted, and which they are: int64 (n_answer,) each, in order of sample
+    and position."""
+
+    sample: Tensor
+    position: Tensor
+    target: Tensor
+
+
+def answer_positions(labels: Tensor) -> Answers:
+    """Where the answer tokens are predicted.
+
+    A causal model predicts token t at position t - 1, so these are the positions *before* the labelled ones (the
+    released code takes the labelled positions themselves and thereby never distils the first answer token).
+
+    Args:
+        labels: (batch, T) int64, ``IGNORED_LABEL`` where there is no loss.
+    """
+    shifted = labels[:, 1:]
+    sample, position = (shifted != IGNORED_LABEL).nonzero(as_tuple=True)
+    return Answers(sample, position, shifted[sample, position])
+
+
+def count_answers(labels: Tensor) -> int:
+    """Number of answer tokens that a sample with ``labels`` (T,) predicts."""
+    return len(answer_positions(labels[None]).target)
 
 
 def answer_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +53,7 @@ def answer_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, l
     """
     sample, position, targets = answer_positions(labels)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if not _keeps_logits(model):
+    if not ModelFacts.of(model).keeps_logits:
         return model(**inputs).logits[sample, position], targets
     columns, place = position.unique(return_inverse=True)
     logits = model(**inputs, logits_to_keep=columns).logits
@@ -58,7 +89,7 @@ def differentiable_input(model: nn.Module) -> Iterator[None]:
         # Some models (CTRL) scale what they embedded in place, which torch forbids for a leaf.
         return output.requires_grad_().clone()
 
-    handle = base_transformer(model).get_input_embeddings().register_forward_hook(watch)
+    handle = ModelFacts.of(model).input_embeddings.register_forward_hook(watch)
     try:
         yield
     finally:
@@ -68,23 +99,3 @@ def differentiable_input(model: nn.Module) -> Iterator[None]:
 def _own_dropout(module: nn.Module) -> bool:
     """Whether a layer may drop values in its own forward: some (OPT) keep a rate, not a Dropout module."""
     return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Device of the input embeddings."""
-    return base_transformer(model).get_input_embeddings().weight.device
-
-
-def pad_token_id(model: nn.Module) -> int:
-    """What to pad token ids with: the model's own padding token, or 0 where it has none (or -1, as some say none)."""
-    found = getattr(base_transformer(model).config.get_text_config(), "pad_token_id", None)
-    return found if isinstance(found, int) and found >= 0 else 0
-
-
-def input_names(model: nn.Module) -> frozenset[str]:
-    """Names that the transformers model's forward takes."""
-    return frozenset(inspect.signature(base_transformer(model).forward).parameters)
-
-
-def _keeps_logits(model: nn.Module) -> bool:
-    return "logits_to_keep" in input_names(model)

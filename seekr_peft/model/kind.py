@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto import modeling_auto
 
-from ..attention.models import base_transformer, is_encoder
+from ..attention.models import is_encoder
 from ..errors import AdapterError, ConfigError, shown
-from .answers import pad_token_id
 from .bitsandbytes_cpu import scales
+from .facts import ModelFacts
 
 _ASKED_WHETHER_DECODER = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
 """Families that look in both directions unless ``is_decoder`` is set."""
@@ -86,7 +86,8 @@ def check_model(model: nn.Module) -> None:
         AdapterError: It is no causal language model of text, a weight holds NaN or infinity, or it pads with a token
             that it has no embedding for.
     """
-    root = base_transformer(model)
+    facts = ModelFacts.of(model)
+    root: Any = facts.root
     name, config = type(root).__name__, root.config
     reason = _reason_against(config, [name], _LANGUAGE_HEADS)
     if reason is None and is_encoder(model):
@@ -96,7 +97,7 @@ def check_model(model: nn.Module) -> None:
     if reason:
         raise AdapterError(f"{name} (model_type {config.model_type}) {reason}.")
     check_weights(model, name)
-    padding, rows = pad_token_id(model), embedding_rows(model)
+    padding, rows = facts.pad_token_id, facts.embedding_rows
     if padding >= rows:
         raise AdapterError(f"{name} {_beyond_padding(padding, rows)}")
 
@@ -147,14 +148,6 @@ def is_finite(tensor: Tensor) -> bool:
     values = tensor.detach().float() if tensor.itemsize == 1 else tensor.detach()
     # One pass without a boolean for every value; a NaN is both minimum and maximum.
     return all(bool(bound.isfinite()) for bound in values.aminmax())
-
-
-def embedding_rows(model: nn.Module) -> int:
-    """Token ids that the model has both an input and an output embedding for."""
-    root = base_transformer(model)
-    rows = int(root.get_input_embeddings().weight.shape[0])
-    head = root.get_output_embeddings()
-    return min(rows, int(getattr(head, "out_features", rows)))
 
 
 def _beyond_padding(padding: int, rows: int) -> str:

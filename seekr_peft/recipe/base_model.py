@@ -35,11 +35,11 @@ from ..model.base_files import (
     weight_files,
 )
 from ..model.bitsandbytes_cpu import lacks_outer_scales
+from ..model.facts import ModelFacts
 from ..model.kind import (
     causal_class,
     check_checkpoint,
     check_weights,
-    embedding_rows,
     is_finite,
     non_finite,
     stored_quantization,
@@ -82,7 +82,7 @@ def load_model(recipe: Recipe) -> tuple[PeftModel, Any]:
     config = read_config(recipe.model)
     tokenizer, base = _load(recipe.model, config, recipe.tasks.chat_template)
     check_no_hidden_adapter(base)
-    check_tokens(tokenizer, embedding_rows(base), recipe.model.name_or_path)
+    check_tokens(tokenizer, ModelFacts.of(base).embedding_rows, recipe.model.name_or_path)
     base.config.use_cache = False
     if _is_quantized(base):
         # PEFT's own default is reentrant checkpointing, under which a captured attention has no gradient.

@@ -211,7 +211,7 @@ class _Run:
         self._write_environment(self.seconds_before)
         # Before hours of training, not after the first task.
         prompt_room(model, self.recipe.tasks.max_length, self.recipe.evaluation.max_new_tokens)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = method.facts.positions
         max_length = min(self.recipe.tasks.max_length, positions or self.recipe.tasks.max_length)
         stages = plan_stages(tasks, method.joint)
         finished = _finished_tasks(self.directory)

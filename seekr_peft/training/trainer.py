@@ -25,14 +25,13 @@ from transformers.trainer_utils import sort_checkpoints
 from ..errors import AdapterError, ConfigError, DataError, DivergenceError, RunError
 from ..files.atomic import remove_folder, replacing_folder
 from ..files.manifest import write_manifest
-from ..losses import IGNORED
 from ..methods import ContinualMethod
 from ..methods.divergence import Moment
-from ..model.answers import input_names, pad_token_id
 from ..model.devices import check_one_gpu, check_one_process
-from ..model.kind import embedding_rows
+from ..model.facts import ModelFacts
 from ..tasks import AnswerCollator
 from ..tasks.inputs import CARRIED, check_batch, check_data_set, check_rows, check_sample
+from ..tasks.tokenize import IGNORED_LABEL
 from .checkpoint import (
     ADAPTER,
     TRAINER_STATE,
@@ -118,7 +117,7 @@ class ContinualTrainerMixin:
             )
         self.method = method
         method.draw_from(self.samples_to_draw_from())
-        self._input_names = input_names(method.model)
+        self._input_names = method.facts.input_names
         self._skipped_steps = 0
         self._last_loss: Tensor | float = 0.0
         self._separate = method.config.replay_step == "separate"
@@ -234,10 +233,10 @@ class ContinualTrainerMixin:
         try:
             self._moment().check_finite("loss", loss)
         except DivergenceError:
-            if isinstance(labels, Tensor) and bool((labels == IGNORED).all()):
+            if isinstance(labels, Tensor) and bool((labels == IGNORED_LABEL).all()):
                 raise DataError(
-                    f"no token of the batch at step {step + 1} has a label (all are {IGNORED}), so its loss is no "
-                    f"number; leave out samples without an answer, or raise max_length."
+                    f"no token of the batch at step {step + 1} has a label (all are {IGNORED_LABEL}), so its loss is "
+                    f"no number; leave out samples without an answer, or raise max_length."
                 ) from None
             raise
         self._last_loss = loss
@@ -475,7 +474,7 @@ class ContinualTrainer(ContinualTrainerMixin, Trainer):
         self._collates_itself = data_collator is None
         if data_collator is None:
             _check_labelled(train_dataset)
-            names = frozenset() if model is None else input_names(model)
+            names = frozenset() if model is None else ModelFacts.of(model).input_names
             sets = {"train_dataset": train_dataset}
             sets |= eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
             for name, dataset in sets.items():
@@ -491,7 +490,7 @@ class ContinualTrainer(ContinualTrainerMixin, Trainer):
         dataset = super().samples_to_draw_from()
         if self._collates_itself or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             return dataset
-        return _Collated(dataset, self.data_collator, input_names(self.model))
+        return _Collated(dataset, self.data_collator, ModelFacts.of(self.model).input_names)
 
 
 class _Collated:
@@ -514,7 +513,8 @@ def _own_collator(model: Any, names: frozenset[str]) -> Any:
     # Without a model the trainer is refused for another reason.
     if model is None:
         return list
-    return AnswerCollator(pad_token_id(model), n_tokens=embedding_rows(model), input_names=names)
+    facts = ModelFacts.of(model)
+    return AnswerCollator(facts.pad_token_id, n_tokens=facts.embedding_rows, input_names=names)
 
 
 def forget_preparation(model: nn.Module) -> None:
