@@ -41,7 +41,8 @@ from seekr_peft.model.answers import answer_logits, evaluation_mode
 from seekr_peft.recipe.base_model import load_model
 from seekr_peft.recipe.schema import Recipe, load_recipe
 from seekr_peft.report.figures import OKABE_ITO, report_style, to_png
-from seekr_peft.run.runner import is_finished, load_tasks
+from seekr_peft.run.directory import is_finished
+from seekr_peft.run.task_data import load_tasks
 
 SCORES = ("forgettability", "sensitivity", "importance", "change on the old samples")
 N_SAMPLES = 40

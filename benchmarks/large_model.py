@@ -31,7 +31,7 @@ from seekr_peft import Seekr
 from seekr_peft.doctor.estimate import estimate_footprint
 from seekr_peft.memory import ReplayBatch
 from seekr_peft.methods.head_scores import score_heads
-from seekr_peft.recipe.base_model import compute_dtype
+from seekr_peft.recipe.quantization import compute_dtype
 from seekr_peft.recipe.schema import Recipe, load_recipe
 
 SAMPLES = 100

@@ -145,8 +145,8 @@ def test_the_very_first_task_is_checked_as_well(tmp_path: Path, monkeypatch: pyt
 def test_block_diagonal_lora_is_caught_by_its_effect_where_its_name_and_layers_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("seekr_peft.model.adapter_stack._check_settings", lambda *_: None)
-    monkeypatch.setattr("seekr_peft.model.adapter_stack._check_layer", lambda *_: None)
+    monkeypatch.setattr("seekr_peft.model.adapter_checks._check_settings", lambda *_: None)
+    monkeypatch.setattr("seekr_peft.model.adapter_checks._check_layer", lambda *_: None)
     config = BdLoraConfig(target_modules_bd_a=["q_proj", "v_proj"], target_modules_bd_b=["o_proj"], nblocks=2)
     method = Sequential(fresh_peft(target_modules=["q_proj", "v_proj", "o_proj"], use_bdlora=config))
     with pytest.raises((AdapterError, RuntimeError)) as caught:

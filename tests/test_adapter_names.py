@@ -314,8 +314,8 @@ def test_a_model_of_the_hub_with_an_adapter_is_refused_once_it_is_loaded(
     """Its files are not looked at before: the folder stands for what transformers would find under the name."""
     recipe = load_recipe({**recipe_for(folder), "model": {"name_or_path": "some/base", "quantization": "none"}})
     shutil.copytree(tokenizer_folder(), folder, dirs_exist_ok=True, ignore=only_tokenizers)
-    monkeypatch.setattr("seekr_peft.recipe.base_model.resolve_name", lambda model: str(folder))
-    monkeypatch.setattr("seekr_peft.recipe.base_model.check_base_files", lambda *arguments: None)
+    monkeypatch.setattr("seekr_peft.recipe.base_config.resolve_name", lambda model: str(folder))
+    monkeypatch.setattr("seekr_peft.recipe.base_config.check_base_files", lambda *arguments: None)
     with pytest.raises(AdapterError, match="was loaded with an adapter of its own"):
         load_model(recipe)
 

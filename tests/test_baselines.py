@@ -18,6 +18,7 @@ from support.small_run import read_json, read_lines, small_recipe
 from transformers import TrainingArguments
 
 import seekr_peft.methods.registry as names_module
+import seekr_peft.run.measuring as measuring_module
 import seekr_peft.run.runner as run_module
 from seekr_peft import run_recipe
 from seekr_peft.config import SeekrConfig
@@ -327,7 +328,7 @@ def test_a_run_on_a_4_bit_base_logs_its_terms_and_resumes_to_the_same_adapter(
     assert any(value is not None and value > 0 for value in terms)
 
     # Stopped after the first task was trained and saved.
-    evaluate, calls = run_module.evaluate_task, []
+    evaluate, calls = measuring_module.evaluate_task, []
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -335,10 +336,10 @@ def test_a_run_on_a_4_bit_base_logs_its_terms_and_resumes_to_the_same_adapter(
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(run_module, "evaluate_task", stop)
+    monkeypatch.setattr(measuring_module, "evaluate_task", stop)
     with pytest.raises(KeyboardInterrupt):
         run("stopped")
-    monkeypatch.setattr(run_module, "evaluate_task", evaluate)
+    monkeypatch.setattr(measuring_module, "evaluate_task", evaluate)
     run("stopped", resume=True)
     files = [tmp_path / folder / "adapter" / "adapter_model.safetensors" for folder in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()

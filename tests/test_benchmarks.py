@@ -105,12 +105,12 @@ def test_the_random_quantised_base_is_made_as_from_pretrained_loads_one(tmp_path
     from transformers import LlamaForCausalLM
 
     from benchmarks import large_model
-    from seekr_peft.recipe.base_model import _quantization
+    from seekr_peft.recipe.quantization import bitsandbytes_config
 
     config = large_model.shape("small", 32)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     recipe = large_model.recipe_of(str(tmp_path), 32, "cpu")
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=_quantization(recipe.model))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=bitsandbytes_config(recipe.model))
     made = large_model.random_base(config, recipe, "cpu")
     described = [
         {

@@ -80,6 +80,77 @@ def test_imports_point_down(path: Path) -> None:
         assert LEVEL[target] < LEVEL[own], f"{module_name(path)} must not import {name}"
 
 
+def loaded_with(path: Path) -> set[str]:
+    """Modules of the package that importing the file ``path`` imports, but not those for the type checker's eyes."""
+    package = ["seekr_peft", *path.relative_to(SOURCE).parts[:-1]]
+    modules = {module_name(file): file for file in FILES}
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        origin = [*package[: len(package) - node.level + 1], *([node.module] if node.module else [])][1:]
+        for alias in node.names:
+            inner, outer = ".".join([*origin, alias.name]), ".".join(origin)
+            found.add(inner if inner in modules else outer)
+    return found & set(modules)
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle, or []."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(graph.get(name, ())):
+            cycle = walk(target, [*path, name])
+            if cycle:
+                return cycle
+        done.add(name)
+        return []
+
+    return next((cycle for cycle in (walk(name, []) for name in sorted(graph)) if cycle), [])
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"], "a planted one is found"
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    graph = {module_name(path): loaded_with(path) for path in FILES}
+    assert graph["attention.rows"] >= {"sparse", "attention.masks", "attention.pairs"}
+    assert find_cycle(graph) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_module_fits_into_a_readers_head(path: Path) -> None:
+    n_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert n_lines <= 450, f"{path.relative_to(SOURCE)} has {n_lines} lines; split it by subject"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_a_file_of_tests_has_one_subject(path: Path) -> None:
+    n_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert n_lines <= 600, f"{path.name} has {n_lines} lines; split it by subject, and share helpers in tests/support"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_of_the_package_are_relative(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not [name for name in names if str(name).split(".")[0] == "seekr_peft"]
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {SOURCE}), ids=lambda folder: folder.name)
+def test_a_folder_says_what_lives_there_and_how_data_passes_through(folder: Path) -> None:
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    sentences = [part for part in " ".join(text.split()).split(". ") if len(part.split()) > 3]
+    assert len(sentences) >= 2, text
+    named = [path.stem for path in folder.glob("*.py") if f"``{path.stem}" in text]
+    assert named, f"{folder.name} names none of its modules"
+
+
 def test_the_import_rule_sees_imports_at_all() -> None:
     names = {name for path in FILES for name in package_imports(path)}
     assert {"errors.ConfigError", "attention.models.base_transformer", "model.answers.answer_positions"} <= names

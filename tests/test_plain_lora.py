@@ -160,7 +160,7 @@ def test_each_variant_of_lora_is_refused_by_its_setting_and_where_that_is_hidden
         model = fresh_peft(target_modules=["q_proj", "o_proj"], **lora)
     with pytest.raises(AdapterError, match=f"adapter 'default' has {key}="):
         AdapterStack(model)
-    monkeypatch.setattr("seekr_peft.model.adapter_stack._check_settings", lambda *_: None)
+    monkeypatch.setattr("seekr_peft.model.adapter_checks._check_settings", lambda *_: None)
     with pytest.raises(AdapterError, match=rf"'default' computes {kind} at .*q_proj, not a plain B A"):
         AdapterStack(model)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from support.runs import assert_same_result
 from support.small_run import TASKS, read_json, small_recipe
 from support.tiny_models import tiny_llama
 from test_manifest import DAMAGES, damaged_names, flip
-from test_run import assert_same_result
 
 from seekr_peft import Seekr, SeekrConfig, run_recipe
 from seekr_peft.errors import RunError, RunInUseError

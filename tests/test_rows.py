@@ -16,7 +16,7 @@ from support.table_rows import ROWS, news, rows_of, written
 
 from seekr_peft.errors import DataError
 from seekr_peft.evaluation import evaluate_task
-from seekr_peft.run.runner import constant_answer_score
+from seekr_peft.run.task_data import constant_answer_score
 from seekr_peft.tasks import Task
 
 # ------------------------------------------------------------------ a task without a test set

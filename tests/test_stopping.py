@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from support.runs import assert_same_result
 from support.small_run import read_json, small_recipe
-from test_run import assert_same_result
 
+import seekr_peft.run.measuring as measuring_module
 import seekr_peft.run.runner as run_module
 from seekr_peft import ContinualTrainer, Seekr, run_recipe
 from seekr_peft.training.stopping import RunStopped, StopRequest, listening
@@ -60,7 +61,7 @@ MOMENTS = {
     "in a step": (ContinualTrainer, "training_step", in_step(2, "last"), 1, ["02-last/checkpoint-3"]),
     "in the last step": (ContinualTrainer, "training_step", in_step(5, "last"), 1, ["02-last/checkpoint-6"]),
     "while heads are scored": (Seekr, "_score_and_select", lambda method: method.current_task == "last", 2, []),
-    "while it is evaluated": (run_module, "evaluate_task", evaluating("last"), 2, []),
+    "while it is evaluated": (measuring_module, "evaluate_task", evaluating("last"), 2, []),
 }
 
 

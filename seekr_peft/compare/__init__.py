@@ -20,7 +20,8 @@ from rich.console import Console
 from ..errors import DivergenceError, RunError, RunInUseError, SeekrError
 from ..model.devices import check_one_device
 from ..recipe.schema import Recipe
-from ..run.runner import RECIPE_FILE, is_finished, recipe_difference, run_recipe
+from ..run.directory import RECIPE_FILE, is_finished, recipe_difference
+from ..run.runner import run_recipe
 from ..terminal import TerminalConsole
 from ..training.stopping import RunStopped, listening
 from .checks import FinishedRun, check_comparable

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..files.manifest import StoredFiles
-from ..run.runner import ENVIRONMENT_FILE, TASKS_FILE
+from ..run.directory import ENVIRONMENT_FILE, TASKS_FILE
 from ..run.task_costs import read_costs
 from .plan import Variant
 

@@ -17,7 +17,7 @@ from ..evaluation import FORMULAS, AccuracyMatrix
 from ..evaluation.matrix import JSON_NAME
 from ..files.manifest import StoredFiles
 from ..methods import get_method
-from ..run.runner import is_finished
+from ..run.directory import is_finished
 from ..run.task_costs import COSTS_FILE, read_costs
 from .answer import answer
 from .checks import FinishedRun, check_comparable, what_is_the_same

@@ -16,7 +16,7 @@ from ..attention.models import check_capture
 from ..config import SeekrConfig
 from ..memory import ReplaySample, choose_queries, estimate_bytes, replay_count
 from ..methods import ContinualMethod, get_method
-from ..recipe.base_model import read_config
+from ..recipe.base_config import read_config
 from ..recipe.schema import DEMO, Recipe, task_order
 from ..tasks import read_tasks
 from ..tasks.tokenize import IGNORED_LABEL
@@ -85,8 +85,8 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
         answer_tokens: Answer tokens of a sample; None takes ``evaluation.max_new_tokens``.
 
     Raises:
-        ConfigError: The base model's configuration cannot be read, or the model cannot be trained here; the adapter does not
-            fit it; its memory cannot be predicted.
+        ConfigError: The base model's configuration cannot be read, or the model cannot be trained here; the adapter
+            does not fit it; its memory cannot be predicted.
         CaptureError: The method distils attention, and the model's cannot be captured.
         AdapterError: The tasks' adapters cannot be added up: the recipe's adapter is not a plain LoRA.
         DataError: The samples had to be counted and a file is broken.

@@ -18,9 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from ..attention.models import EAGER, looks_functions_up
 from ..errors import ConfigError
-from ..model.adapter_stack import check_summable, resolved_rank_limit
+from ..model.adapter_checks import check_summable
 from ..model.kind import causal_class
-from ..recipe.base_model import CHECKPOINTING, add_adapter, attention_implementation, compute_dtype
+from ..model.low_rank_sum import resolved_rank_limit
+from ..recipe.base_config import attention_implementation
+from ..recipe.base_model import CHECKPOINTING, add_adapter
+from ..recipe.quantization import compute_dtype
 from ..recipe.schema import Recipe
 
 _ATTENTION = "seekr_footprint"

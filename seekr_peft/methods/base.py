@@ -35,10 +35,11 @@ from ..files.manifest import METHOD_FILE as STATE_FILE
 from ..files.paths import LONGEST_FOLDER_NAME, given_path, is_folder_name
 from ..losses import ReplayTerms
 from ..model.adapter_effect import probe_tokens, unchanged_outputs
-from ..model.adapter_stack import AdapterStack, Mode, RankLimit
+from ..model.adapter_stack import AdapterStack, Mode
 from ..model.devices import check_one_process
 from ..model.facts import ModelFacts
 from ..model.kind import base_fingerprint, check_model
+from ..model.low_rank_sum import RankLimit
 from ..tasks.inputs import check_rows
 from .divergence import Moment, check_adapter
 from .own_loop import GivenGradient, StepCounter

@@ -2,58 +2,34 @@
 
 The only file that changes PEFT state. Verified with PEFT 0.21.2. Deliberately not used, each measured to go wrong:
 merging into 4-bit weights (the update is rounded away), ``disable_adapter()`` as a switch (it un-freezes every active
-adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter trainable).
-"""
+adapter on exit), ``set_adapter`` without freezing again (it makes every named adapter trainable)."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from peft import LoraConfig, PeftModel
+from torch import Tensor
 
 from ..errors import AdapterError
 from ..files.atomic import replacing, scratch_folder
+from .adapter_checks import check_active, check_summable, check_wrapping, checked_template, is_trained
+from .adapter_files import load_adapter, saved_rank, sort_names
 from .bitsandbytes_cpu import keep_differentiable
-from .plain_lora import CONFIG_FILE, SEPARATE, WEIGHTS_FILE, why_refused
+from .lora_layers import active_adapter, changed_config, free_name, layers_of, lora_layers
+from .low_rank_sum import Consolidation, RankLimit, cut_to_rank, fill_adapter, resolved_rank_limit, summed_factors
+from .plain_lora import CONFIG_FILE, WEIGHTS_FILE
 
 Mode = Literal["stack", "continue"]
-RankLimit = int | Literal["auto"] | None
-"""Largest rank of the sum of the earlier adapters: "auto" is ``AUTO_TASKS`` times an adapter's own, None no limit."""
 
-AUTO_TASKS = 8
-"""So many tasks are summed exactly by default; without a limit the step and the files grow with every further one."""
-_SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
-"""What decides the shape and the scale of an adapter's change."""
 
 _ADOPTED = "earlier_00"
-
-
-@dataclass(frozen=True)
-class Consolidation:
-    """How the earlier adapters became one: its ``rank``, and the share of squared singular values that was discarded
-    (0.0 for exact concatenation) over all modules together and in the worst module."""
-
-    rank: int
-    discarded_energy: float
-    worst_module_energy: float
-
-
-def resolved_rank_limit(rank_limit: RankLimit, r: int) -> int | None:
-    """The limit as a number, or None, for adapters of rank ``r``."""
-    return AUTO_TASKS * r if rank_limit == "auto" else rank_limit
 
 
 class AdapterStack:
@@ -73,7 +49,7 @@ class AdapterStack:
     """
 
     def __init__(self, model: PeftModel, mode: Mode = "stack", rank_limit: RankLimit = "auto") -> None:
-        _check_wrapping(model)
+        check_wrapping(model)
         if mode not in ("stack", "continue"):
             raise AdapterError(f"mode must be 'stack' or 'continue', got {mode!r}.")
         if rank_limit not in (None, "auto") and not (isinstance(rank_limit, int) and rank_limit >= 1):
@@ -87,8 +63,8 @@ class AdapterStack:
         self.adopted = False
         """Whether the model carried a trained adapter before the first task; it counts as an earlier one."""
         keep_differentiable(model)
-        self._template = _checked_template(model)
-        self._layers = _layers_of(model, _active(model))
+        self._template = checked_template(model)
+        self._layers = layers_of(model, active_adapter(model))
         own = max([self._template.r, *(self._template.rank_pattern or {}).values()])
         self.rank_limit = resolved_rank_limit(rank_limit, own)
         # Untrained adapters; one stays until the first task is finished, since a PeftModel without any cannot run.
@@ -163,7 +139,7 @@ class AdapterStack:
             self.current = None
             return
         self.current = None
-        if any(layer.merged for _, layer in _lora_layers(self.model)):
+        if any(layer.merged for _, layer in lora_layers(self.model)):
             self.model.base_model.unmerge_adapter()
         if self.mode == "continue" and current == self.earlier:
             with torch.no_grad():
@@ -263,7 +239,7 @@ class AdapterStack:
             AdapterError: The adapter's scaling is not that of its configuration, which is what is written.
         """
         current = self._require_current()
-        for path, layer in _lora_layers(self.model):
+        for path, layer in lora_layers(self.model):
             before = layer.scaling.get(current)
             layer.set_scale(current, 1.0)
             wanted, layer.scaling[current] = layer.scaling[current], before
@@ -276,7 +252,7 @@ class AdapterStack:
 
     def load_current(self, directory: Path) -> None:
         """Bring the current task's adapter back to what ``save_current`` wrote into ``directory``."""
-        _load(self.model, self._require_current(), directory)
+        load_adapter(self.model, self._require_current(), directory)
         self.activate()
 
     def export(self, directory: Path) -> None:
@@ -292,14 +268,14 @@ class AdapterStack:
         ``adopted`` is the directory of a trained adapter that the first model carried, unless this one carries it too.
         """
         if adopted is not None and self.mode == "stack" and not self.adopted:
-            name = self._add(_ADOPTED, self._consolidated_config(_saved_rank(adopted)))
-            _load(self.model, name, adopted)
+            name = self._add(_ADOPTED, self._consolidated_config(saved_rank(adopted)))
+            load_adapter(self.model, name, adopted)
             self._delete(self._unused)
             self._unused, self.earlier, self.adopted = [], name, True
             self.activate()
         for directory in directories if self.mode == "stack" else directories[-1:]:
             self.begin()
-            _load(self.model, self._require_current(), Path(directory))
+            load_adapter(self.model, self._require_current(), Path(directory))
             self.finish()
         self.n_tasks = len(directories)
 
@@ -309,8 +285,8 @@ class AdapterStack:
         names = list(self.model.peft_config)
         if self.mode == "continue" and len(names) > 1:
             raise AdapterError(f"mode 'continue' needs a model with one adapter, got {names}; delete the others first.")
-        trained = [name for name in names if _is_trained(self.model, name)]
-        _check_active(self.model, trained)
+        trained = [name for name in names if is_trained(self.model, name)]
+        check_active(self.model, trained)
         if self.mode == "continue":
             self.earlier = names[0]
         else:
@@ -343,9 +319,9 @@ class AdapterStack:
 
     def _add(self, name: str, config: LoraConfig) -> str:
         """Add an untrained adapter called ``name``, or the next free name after it; returns its name."""
-        name = _free_name(name, self.model.peft_config)
-        self.model.add_adapter(name, _changed(config))
-        missed = self._layers.symmetric_difference(_layers_of(self.model, name))
+        name = free_name(name, self.model.peft_config)
+        self.model.add_adapter(name, changed_config(config))
+        missed = self._layers.symmetric_difference(layers_of(self.model, name))
         if missed:
             self._delete([name])
             raise AdapterError(
@@ -371,7 +347,7 @@ class AdapterStack:
     def _parameters_of(self, name: str) -> dict[str, Tensor]:
         return {
             f"{path}.{side}": matrices[name].weight
-            for path, layer in _lora_layers(self.model)
+            for path, layer in lora_layers(self.model)
             for side, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
             if name in matrices
         }
@@ -381,13 +357,13 @@ class AdapterStack:
         for name in names:
             for value in self._parameters_of(name).values():
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            digest.update(str([layer.scaling.get(name) for _, layer in _lora_layers(self.model)]).encode())
+            digest.update(str([layer.scaling.get(name) for _, layer in lora_layers(self.model)]).encode())
         return digest.hexdigest()
 
     def _consolidate(self, name: str, names: list[str], check: AbstractContextManager[Any] | None = None) -> str:
         """Replace the adapters ``names`` by one called ``name``; nothing has changed yet if the arithmetic or the
         ``check`` fails."""
-        factors = {path: _summed_factors(layer, names) for path, layer in _lora_layers(self.model)}
+        factors = {path: summed_factors(layer, names) for path, layer in lora_layers(self.model)}
         rank, discarded = max(a.shape[0] for a, _ in factors.values()), [(0.0, 1.0)]
         if self.rank_limit is None or rank <= self.rank_limit:
             summed = self._add_checked(name, factors, check) if check else self._add_sum(name, factors)
@@ -395,7 +371,7 @@ class AdapterStack:
             if check is not None:
                 self._check_sum(factors, check)
             rank = self.rank_limit
-            truncated = {path: _truncate(a, b, rank) for path, (a, b) in factors.items()}
+            truncated = {path: cut_to_rank(a, b, rank) for path, (a, b) in factors.items()}
             discarded = [(lost, total) for _, _, lost, total in truncated.values()]
             summed = self._add_sum(name, {path: (a, b) for path, (a, b, _, _) in truncated.items()})
         self.model.set_adapter(summed)
@@ -438,12 +414,12 @@ class AdapterStack:
         name = self._add(name, self._consolidated_config(rank))
         # A later stack over this model makes its tasks' adapters like this one's, not like their sum.
         self.model.peft_config[name]._seekr_template = self._template  # type: ignore[attr-defined]
-        _fill(self.model, name, factors)
+        fill_adapter(self.model, name, factors)
         return name
 
     def _consolidated_config(self, rank: int) -> LoraConfig:
         # lora_alpha = r gives scaling 1: the old scalings are inside A. A frozen adapter has no dropout.
-        return _changed(
+        return changed_config(
             self._template,
             r=rank,
             lora_alpha=rank,
@@ -460,292 +436,7 @@ class AdapterStack:
             # PEFT writes any adapter but "default" into a folder of its name.
             self.model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
             written = scratch / name if name != "default" else scratch
-            _sort_names(written / CONFIG_FILE)
+            sort_names(written / CONFIG_FILE)
             for file in (WEIGHTS_FILE, CONFIG_FILE):
                 with replacing(directory / file) as temporary:
                     os.replace(written / file, temporary)
-
-
-def _sort_names(path: Path) -> None:
-    """PEFT writes sets in the order that a process happens to have, so that equal adapters differed in their bytes."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(settings.get(key), list):
-            settings[key].sort()
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield path, module
-
-
-def _changed(config: LoraConfig, **settings: Any) -> LoraConfig:
-    """A copy with other settings; not made anew, since PEFT then warns again of what it warned of before."""
-    config = copy.deepcopy(config)
-    for key, value in settings.items():
-        setattr(config, key, value)
-    return config
-
-
-def _active(model: PeftModel) -> str:
-    """The adapter whose configuration the model's forward reads."""
-    return model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
-
-
-def _layers_of(model: nn.Module, name: str) -> set[str]:
-    return {path for path, layer in _lora_layers(model) if name in (*layer.lora_A, *layer.lora_embedding_A)}
-
-
-def _free_name(name: str, taken: Any) -> str:
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
-    return free
-
-
-def _check_wrapping(model: Any) -> None:
-    """AdapterError unless ``model`` is a PeftModel around a base without any adapter of its own."""
-    wrap = "get_peft_model(base, LoraConfig(...))"
-    if isinstance(model, PeftMixedModel):
-        raise AdapterError(f"the model mixes kinds of adapters (PeftMixedModel); make it without mixed=True: {wrap}.")
-    if not isinstance(model, PeftModel):
-        if _holds_peft_model(model):
-            raise AdapterError(
-                f"the model is a {type(model).__name__} around a PeftModel; give the PeftModel itself, before "
-                f"torch.compile or a wrapper for several devices (TrainingArguments(torch_compile=True) compiles it)."
-            )
-        raise AdapterError(f"the model is a {type(model).__name__}, not a PeftModel; wrap it first: {wrap}.")
-    base = model.get_base_model()
-    if isinstance(base, PeftModel):
-        raise AdapterError(
-            f"the model is a PeftModel around another PeftModel, whose adapter PEFT replaces or leaves out; give the "
-            f"one that has the adapter to go on from, or a new one over the base alone: {wrap}."
-        )
-    check_no_hidden_adapter(base)
-
-
-def _holds_peft_model(model: Any) -> bool:
-    return isinstance(model, nn.Module) and any(isinstance(module, PeftModel) for module in model.modules())
-
-
-def check_no_hidden_adapter(base: nn.Module) -> None:
-    """AdapterError when transformers has put an adapter into ``base`` itself, as it does for a folder that holds one
-    beside the weights: PEFT's next adapter would replace it or leave it out without a word."""
-    # transformers' mark of it (5.23); there is no public one.
-    if getattr(base, "_hf_peft_config_loaded", False):
-        raise AdapterError(
-            f"the base model {getattr(base, 'name_or_path', '') or type(base).__name__} was loaded with an adapter of "
-            f"its own ({CONFIG_FILE} beside the weights, load_adapter() or add_adapter()), which a PeftModel around it "
-            f"would replace or leave out; {SEPARATE}."
-        )
-
-
-def _checked_template(model: PeftModel) -> LoraConfig:
-    """The configuration of the active adapter; every adapter of the model must be one that can be added up."""
-    check_summable(model)
-    active = _active(model)
-    template: Any = model.peft_config[active]
-    for name, config in model.peft_config.items():
-        apart = _layers_of(model, name) ^ _layers_of(model, active)
-        if apart or _names(config.target_modules) != _names(template.target_modules):
-            where = f", which differ at {min(apart)}" if apart else ""
-            raise AdapterError(
-                f"adapters {active!r} and {name!r} sit on different modules ({template.target_modules!r} and "
-                f"{config.target_modules!r}{where}), so they cannot become one; use one adapter, or equal "
-                f"target_modules."
-            )
-    return _changed(getattr(template, "_seekr_template", template), inference_mode=False)
-
-
-def check_summable(model: PeftModel) -> None:
-    """AdapterError for an adapter whose change is no plain B A of a linear layer."""
-    for name, config in model.peft_config.items():
-        _check_kind(name, config)
-        for path, layer in _lora_layers(model):
-            _check_no_experts(name, path, layer)
-        _check_settings(name, config)
-        for path, layer in _lora_layers(model):
-            if name in (*layer.lora_A, *layer.lora_embedding_A):
-                _check_layer(name, path, layer)
-
-
-def _check_kind(name: str, config: Any) -> None:
-    # AdaLoraConfig is a LoraConfig, too.
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        raise AdapterError(
-            f"adapter {name!r} is {type(config).__name__}; only LoRA adapters can be stacked, use LoraConfig."
-        )
-
-
-def _check_no_experts(name: str, path: str, layer: Any) -> None:
-    # PEFT wraps parameters of a router or of experts, whose factors lie in one A and one B and do not add up by
-    # joining their ranks.
-    if hasattr(layer, "num_experts"):
-        raise AdapterError(
-            f"adapter {name!r} sits on the experts or their router, {path}, which cannot be added up exactly; give "
-            f"target_modules of linear layers, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
-        )
-
-
-def _check_settings(name: str, config: LoraConfig) -> None:
-    for key, (value, default) in _settings(config).items():
-        why = why_refused(key, value, default)
-        if why:
-            raise AdapterError(f"adapter {name!r} has {key}={getattr(value, 'value', value)!r}, {why}")
-
-
-def _settings(config: LoraConfig) -> dict[str, tuple[Any, Any]]:
-    """Value and default of every setting; one that PEFT has put beside the fields counts as None by default."""
-    settings = {
-        field.name: (
-            getattr(config, field.name),
-            field.default if field.default_factory is MISSING else field.default_factory(),
-        )
-        for field in fields(config)
-    }
-    beside = {key: (value, None) for key, value in vars(config).items() if key not in settings and key[0] != "_"}
-    return {**settings, **beside}
-
-
-def _check_layer(name: str, path: str, layer: Any) -> None:
-    base = layer.get_base_layer()
-    kind = type(base).__name__
-    if name not in layer.lora_A or not (isinstance(base, (nn.Linear, Conv1D)) or "Linear" in kind):
-        raise AdapterError(
-            f"adapter {name!r} sits on {path}, which is no linear layer but {kind}; use target_modules='all-linear'."
-        )
-    if name in path.split("."):
-        raise AdapterError(
-            f"adapter {name!r} is called like a part of {path}, so PEFT cannot tell their weights apart when it saves "
-            f"them; give the adapter another name."
-        )
-    special = _special_parts(name, layer)
-    if special:
-        raise AdapterError(
-            f"adapter {name!r} computes {special} at {path}, not a plain B A that can be added up exactly over the "
-            f"tasks; use a LoraConfig without it."
-        )
-    if layer.merged:
-        raise AdapterError(
-            f"adapter {layer.merged_adapters[0]!r} is merged into the base weights at {path}, so that no other can "
-            f"act; call model.unmerge_adapter() first."
-        )
-    if layer.disable_adapters:
-        raise AdapterError(
-            f"the adapters are switched off at {path}, so nothing would be learnt; call "
-            f"model.base_model.enable_adapter_layers() first."
-        )
-
-
-_PLAIN_PARTS = {"base_layer", "lora_A", "lora_B", "lora_dropout"}
-
-
-def _special_parts(name: str, layer: Any) -> str:
-    """What a layer computes for an adapter beside B A, in PEFT's words; "" for nothing.
-
-    PEFT keeps each kind's parameters in containers by adapter name, and its computation in ``lora_variant``.
-    """
-    variant = getattr(layer, "lora_variant", {}).get(name)
-    if variant is not None:
-        return type(variant).__name__
-    if not type(layer).__module__.startswith("peft.tuners.lora"):
-        return type(layer).__qualname__
-    for key, child in layer.named_children():
-        if key not in _PLAIN_PARTS and isinstance(child, (nn.ModuleDict, nn.ParameterDict)) and name in child:
-            return key
-    for side in ("lora_A", "lora_B"):
-        factor = getattr(layer, side)[name]
-        if type(factor) is not nn.Linear or factor.bias is not None:
-            return f"{side} with a bias" if type(factor) is nn.Linear else type(factor).__name__
-    return ""
-
-
-def _is_trained(model: nn.Module, name: str) -> bool:
-    return any(bool(layer.lora_B[name].weight.any()) for _, layer in _lora_layers(model) if name in layer.lora_B)
-
-
-def _check_active(model: PeftModel, trained: list[str]) -> None:
-    """AdapterError for an adapter of ``trained`` that the model computes without: in a sum it would act."""
-    for name in trained:
-        for path, layer in _lora_layers(model):
-            if name in layer.lora_B and name not in layer.active_adapters:
-                active = list(dict.fromkeys([*model.base_model.active_adapters, name]))
-                raise AdapterError(
-                    f"adapter {name!r} is trained, but not active at {path}, so summing it up with the others would "
-                    f"change what the model computes; call model.delete_adapter({name!r}), or "
-                    f"model.base_model.set_adapter({active!r}) for it to count as an earlier one."
-                )
-
-
-def _summed_factors(layer: LoraLayer, names: list[str]) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank), float32, with B A equal to the sum of the scaled adapters, exactly."""
-    present = [name for name in names if name in layer.lora_A]
-    a = torch.cat([layer.lora_A[name].weight.float() * layer.scaling[name] for name in present])
-    b = torch.cat([layer.lora_B[name].weight.float() for name in present], dim=1)
-    return a.detach(), b.detach()
-
-
-def _truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """Best rank-``rank`` approximation of B A, the energy (sum of squared singular values) lost, and all of it.
-
-    Through the small factors: B = Q_b R_b, A^T = Q_a R_a, so only R_b R_a^T (rank x rank) needs an SVD.
-    """
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    left, singular, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    root = singular[:rank].sqrt()
-    new_b = q_b @ left[:, :rank] * root
-    new_a = root[:, None] * (right[:rank] @ q_a.T)
-    energy = singular.square()
-    return new_a.float(), new_b.float(), float(energy[rank:].sum()), float(energy.sum())
-
-
-def _fill(model: nn.Module, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for path, layer in _lora_layers(model):
-            a, b = factors[path]
-            weight_a, weight_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            # Ranks differ between modules under a rank_pattern: the rest stays zero.
-            weight_a.zero_()[: a.shape[0]].copy_(a)
-            weight_b.zero_()[:, : b.shape[1]].copy_(b)
-
-
-def _saved_rank(directory: Path) -> int:
-    try:
-        return int(LoraConfig.from_pretrained(str(directory)).r)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise AdapterError(f"{directory} cannot be read ({error}); start the run again without --resume.") from error
-
-
-def _load(model: PeftModel, name: str, directory: Path) -> None:
-    """Read an adapter that ``_save`` wrote into adapter ``name`` of the same settings."""
-    # load_peft_weights would fall back to torch's own format, which can run code; that one is never read.
-    for file in (WEIGHTS_FILE, CONFIG_FILE):
-        if not (directory / file).is_file():
-            raise AdapterError(
-                f"{directory / file} is missing; the run directory is incomplete, so start it again without --resume."
-            )
-    advice = "use the base model and LoRA settings it was trained with"
-    try:
-        saved = LoraConfig.from_pretrained(str(directory))
-        weights = load_peft_weights(str(directory), device="cpu")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise AdapterError(f"{directory} cannot be read ({error}); start the run again without --resume.") from error
-    for key in _SETTINGS:
-        found, wanted = getattr(saved, key), getattr(model.peft_config[name], key)
-        if _names(found) != _names(wanted):
-            raise AdapterError(f"{directory} was trained with {key}={found!r}, the model has {wanted!r}; {advice}.")
-    try:
-        result = set_peft_model_state_dict(model, weights, adapter_name=name)
-    except RuntimeError as error:
-        raise AdapterError(f"{directory} does not fit the model ({error}); {advice}.") from error
-    if result.unexpected_keys:
-        raise AdapterError(f"{directory} does not fit the model: it has {result.unexpected_keys[0]!r}; {advice}.")
-
-
-def _names(setting: Any) -> Any:
-    """A setting in which the order of a list of names does not count."""
-    return sorted(setting) if isinstance(setting, (list, set)) else setting

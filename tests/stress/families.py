@@ -32,6 +32,7 @@ from .bench import (
     start,
     write_recipe,
 )
+from .damages import damages, namesake
 from .frame import Case
 from .operations import kill_self, signal_self, watch
 from .process import End, Signal, command, forked, real_command
@@ -103,71 +104,6 @@ def _killed_after(reference: Path, variant: str, after: float, real: bool = True
 # Damage -------------------------------------------------------------------------------------------------------------
 
 
-def _written(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda path: _replace(path, change(path.read_bytes()))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.unlink()
-    path.write_bytes(content)
-
-
-def _flipped(place: float, bit: int) -> Callable[[bytes], bytes]:
-    def change(content: bytes) -> bytes:
-        at = int(place * (len(content) - 1))
-        return content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :] if content else b"\0"
-
-    return change
-
-
-def _folder_instead(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _loop_instead(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def _swapped(path: Path) -> None:
-    other = _namesake(path)
-    assert other is not None
-    content = path.read_bytes()
-    _replace(path, other.read_bytes())
-    _replace(other, content)
-
-
-def _namesake(path: Path) -> Path | None:
-    """The file of the same place in another task's folder, or of another evaluation, that has other bytes."""
-    run = next(parent for parent in path.parents if parent.name == "run")
-    parts = path.relative_to(run).parts
-    if len(parts) < 3:
-        return None
-    found = [run.joinpath(parts[0], folder.name, *parts[2:]) for folder in sorted((run / parts[0]).iterdir())]
-    others = [other for other in found if other != path and other.is_file()]
-    return next((other for other in others if other.read_bytes() != path.read_bytes()), None)
-
-
-def damages(draw: random.Random) -> dict[str, Callable[[Path], None]]:
-    """Ways to damage a file, with random places."""
-    flips = {
-        f"bit {bit} flipped at {place:.3f}": _written(_flipped(place, bit))
-        for place, bit in [(0.0, draw.randrange(8)), (1.0, draw.randrange(8)), (draw.random(), draw.randrange(8))]
-    }
-    return {
-        **flips,
-        "emptied": _written(lambda content: b""),
-        "cut to one byte": _written(lambda content: content[:1]),
-        "cut to half": _written(lambda content: content[: len(content) // 2]),
-        "cut by one byte": _written(lambda content: content[:-1]),
-        "removed": Path.unlink,
-        "swapped": _swapped,
-        "a folder": _folder_instead,
-        "a loop of links": _loop_instead,
-    }
-
-
 def damage(bench: Bench, seed: int) -> Iterator[Case]:
     """Every stored file of a finished and of an interrupted run is damaged, and read by every command."""
     for variant, run in stored_runs(bench):
@@ -188,7 +124,7 @@ def damaged_files(run: Path, seed: int) -> Iterator[tuple[str, str, Callable[[Pa
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = path.relative_to(run).as_posix()
         for what, done in damages(random.Random(f"{seed} {name}")).items():
-            if (what == "swapped" and _namesake(path) is None) or _leaves(what, path):
+            if (what == "swapped" and namesake(path) is None) or _leaves(what, path):
                 continue
             yield name, what, done
 
