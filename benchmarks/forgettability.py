@@ -31,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 
 from seekr_peft.attention import head_shape
 from seekr_peft.attention.models import base_transformer
+from seekr_peft.config import SeekrConfig
 from seekr_peft.heads import HeadSelection, normalise_per_layer
 from seekr_peft.losses import label_loss
 from seekr_peft.memory import ReplaySample, choose_samples
@@ -38,8 +39,8 @@ from seekr_peft.methods import get_method
 from seekr_peft.methods.head_scores import attention_rows, changes_and_gradients
 from seekr_peft.model.adapter_stack import AdapterStack
 from seekr_peft.model.answers import answer_logits, evaluation_mode
+from seekr_peft.recipe import Recipe, load_recipe
 from seekr_peft.recipe.base_model import load_model
-from seekr_peft.recipe.schema import Recipe, load_recipe
 from seekr_peft.report.figures import OKABE_ITO, report_style, to_png
 from seekr_peft.run.directory import is_finished
 from seekr_peft.run.task_data import load_tasks
@@ -147,7 +148,7 @@ def measure_pair(recipe: Recipe, run: Path, k: int, tasks: list[Any], tokenizer:
     before, after = model_after(recipe, run, k + 1), model_after(recipe, run, k + 2)
     n_layers, n_heads = head_shape(after)
     every = HeadSelection.all(n_layers, n_heads)
-    config = recipe.method_config()
+    config = recipe.method_config_as(SeekrConfig)
     length = recipe.tasks.max_length
     old_task, new_task = (tasks[place].tokenized(tokenizer, length) for place in (k, k + 1))
     # Of the test split: the model has not seen them.

@@ -31,8 +31,8 @@ from seekr_peft import Seekr
 from seekr_peft.doctor.estimate import estimate_footprint
 from seekr_peft.memory import ReplayBatch
 from seekr_peft.methods.head_scores import score_heads
+from seekr_peft.recipe import Recipe, load_recipe
 from seekr_peft.recipe.quantization import compute_dtype
-from seekr_peft.recipe.schema import Recipe, load_recipe
 
 SAMPLES = 100
 BARE = "two forwards and one backward"

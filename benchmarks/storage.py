@@ -70,8 +70,8 @@ def kl_of_run(run: Path) -> dict[str, dict[str, float]]:
     from peft import PeftModel
 
     from seekr_peft.model.bitsandbytes_cpu import keep_differentiable
+    from seekr_peft.recipe import load_recipe
     from seekr_peft.recipe.base_model import load_model
-    from seekr_peft.recipe.schema import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
     folders = sorted((run / "tasks").iterdir())

@@ -70,16 +70,19 @@ def run(
 ) -> None:
     """Train the tasks of RECIPE one after another; ends with the accuracy matrix, OP and BWT."""
     if check:
-        from .recipe.schema import load_recipe
+        from .recipe import load_recipe
 
-        load_recipe(recipe, overrides or [])
+        found = load_recipe(recipe, overrides or [])
         _say(f"{recipe} is fine.")
+        settings = ", ".join(f"{key} {value}" for key, value in found.settings_of_others().items())
+        if settings:
+            _say(f"settings of other packages' methods: {settings}")
         return
     _quiet()
     from .run.runner import run_recipe
 
     if repair:
-        from .recipe.schema import load_recipe
+        from .recipe import load_recipe
 
         _repair(Path(load_recipe(recipe, overrides or []).output_dir))
     run_recipe(recipe, overrides or [], resume=resume or repair)
@@ -137,7 +140,7 @@ def doctor(
     """Predict the peak memory and the size of the replay memory of RECIPE, before anything is loaded."""
     _quiet()
     from .doctor.advice import render_footprint
-    from .recipe.schema import load_recipe
+    from .recipe import load_recipe
 
     fits = render_footprint(load_recipe(recipe, overrides or []), TerminalConsole(), memory)
     raise typer.Exit(0 if fits else 1)

@@ -5,36 +5,45 @@ Paper: lambda1 * L_replay + (1 - lambda1) * L_logits + lambda2 * L_attention.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .loss_names import logged_name
 from .sparse import SparseDistribution, compute_dtype, partition_kl
+
+
+class Term(NamedTuple):
+    """One part of a loss: its ``weight``, and its unweighted ``value``, a scalar with a graph."""
+
+    weight: float
+    value: Tensor
 
 
 @dataclass(frozen=True)
 class ReplayTerms:
-    """The parts of one replay step's loss; scalars with a graph, or None where the method has no such part.
+    """The parts of one replay step's loss, by name; the names in logs, progress and report are made of these.
 
-    ``total`` is the weighted sum that is trained on; ``replay`` (cross-entropy on the labels), ``logits`` and
-    ``attention`` (KL divergences) are unweighted, in nats.
+    The package's own are "replay" (cross-entropy on the labels), "logits" and "attention" (KL divergences), in nats. A
+    method adds a part of its own by giving one more.
     """
 
-    total: Tensor
-    replay: Tensor | None = None
-    logits: Tensor | None = None
-    attention: Tensor | None = None
+    parts: Mapping[str, Term]
+
+    @cached_property
+    def total(self) -> Tensor:
+        """The weighted sum that is trained on."""
+        weighted = [weight * value for weight, value in self.parts.values()]
+        return sum(weighted[1:], weighted[0])
 
     def values(self) -> dict[str, Tensor]:
         """Detached unweighted terms under the names that logs and metrics use."""
-        named = {
-            "replay_loss": self.replay,
-            "logits_loss": self.logits,
-            "attention_loss": self.attention,
-        }
-        return {name: term.detach() for name, term in named.items() if term is not None}
+        return {logged_name(name): value.detach() for name, (_, value) in self.parts.items()}
 
 
 def combine(
@@ -45,10 +54,12 @@ def combine(
     lambda2: float,
 ) -> ReplayTerms:
     """lambda1 * replay + (1 - lambda1) * logits + lambda2 * attention; without logits the labels weigh 1."""
-    total = replay if logits is None else lambda1 * replay + (1 - lambda1) * logits
+    terms = {"replay": Term(1.0 if logits is None else lambda1, replay)}
+    if logits is not None:
+        terms["logits"] = Term(1 - lambda1, logits)
     if attention is not None:
-        total = total + lambda2 * attention
-    return ReplayTerms(total, replay, logits, attention)
+        terms["attention"] = Term(lambda2, attention)
+    return ReplayTerms(terms)
 
 
 def label_loss(logits: Tensor, targets: Tensor) -> Tensor:

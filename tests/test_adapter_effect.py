@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.config import BdLoraConfig
+from support.adapters import relative
 from support.core_models import fresh_peft, logits_of, make_dataset, randomise
 from support.tiny_models import (
     VOCABULARY,
@@ -22,7 +23,6 @@ from support.tiny_models import (
     tiny_mamba,
     tiny_mixtral,
 )
-from test_adapters import relative
 
 from seekr_peft import SeekrConfig
 from seekr_peft.errors import AdapterError, DivergenceError

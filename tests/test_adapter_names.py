@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.adapters import relative
 from support.core_models import fresh_peft, logits_of, make_dataset, randomise, trained_stack
 from support.tiny_models import save_llama, tiny_llama, with_lora
-from test_adapters import relative
 from transformers import AutoModelForCausalLM
 
 from seekr_peft import SeekrConfig
 from seekr_peft.errors import AdapterError
 from seekr_peft.methods import Seekr, Sequential, get_method
 from seekr_peft.model.adapter_stack import AdapterStack
+from seekr_peft.recipe import load_recipe
 from seekr_peft.recipe.base_model import load_model
-from seekr_peft.recipe.schema import load_recipe
 
 OWN_NAMES = ["default", "task_01", "task_02", "earlier_00", "earlier_01", "earlier_02", "sum", "task_01_2"]
 DATA = make_dataset(4)
@@ -314,7 +314,8 @@ def test_a_model_of_the_hub_with_an_adapter_is_refused_once_it_is_loaded(
     """Its files are not looked at before: the folder stands for what transformers would find under the name."""
     recipe = load_recipe({**recipe_for(folder), "model": {"name_or_path": "some/base", "quantization": "none"}})
     shutil.copytree(tokenizer_folder(), folder, dirs_exist_ok=True, ignore=only_tokenizers)
-    monkeypatch.setattr("seekr_peft.recipe.base_config.resolve_name", lambda model: str(folder))
+    for module in ("base_config", "base_model", "base_weights"):
+        monkeypatch.setattr(f"seekr_peft.recipe.{module}.resolve_name", lambda model: str(folder), raising=False)
     monkeypatch.setattr("seekr_peft.recipe.base_config.check_base_files", lambda *arguments: None)
     with pytest.raises(AdapterError, match="was loaded with an adapter of its own"):
         load_model(recipe)

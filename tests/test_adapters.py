@@ -6,28 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.adapters import MODES, SUMMABLE, relative, train_step, trainable, two_adapters
+from support.adapters import MODES, SUMMABLE, adapter_change, relative, train_step, trainable, two_adapters
 from support.core_models import fresh_peft, logits_of, randomise, trained_stack
 from support.tiny_models import N_LAYERS, tiny_llama, with_lora
-from torch import Tensor
 
 from seekr_peft.errors import AdapterError
 from seekr_peft.model.adapter_stack import AdapterStack
 from seekr_peft.model.low_rank_sum import cut_to_rank
-
-
-def adapter_change(model: Any, names: list[str]) -> dict[str, Tensor]:
-    """Sum over adapters of scaling * B A, dense, float64, by module."""
-    changes = {}
-    for path, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            present = [name for name in names if name in module.lora_A]
-            parts = [
-                module.scaling[name] * module.lora_B[name].weight.double() @ module.lora_A[name].weight.double()
-                for name in present
-            ]
-            changes[path] = torch.stack(parts).sum(dim=0).detach()
-    return changes
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from support.eager import eager_rows, expected_rows
 from support.tapped import BUILDERS, EVERY_HEAD, QUERIES, SOME_HEADS, families, paddings, snapshot, tapped_rows
 from support.teachers import all_heads_kl
 from support.tiny_models import (
@@ -32,30 +33,6 @@ from seekr_peft.attention.capture import InterfaceCall
 from seekr_peft.errors import CaptureError
 from seekr_peft.heads import HeadSelection
 from seekr_peft.sparse import SparseDistribution
-
-
-def eager_rows(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
-    """(batch, heads, T, T) of each layer, as the model itself reports them."""
-    with torch.no_grad():
-        attentions = model(**batch, **options, output_attentions=True).attentions
-    assert attentions and all(attention.dim() == 4 for attention in attentions)
-    return attentions
-
-
-def expected_rows(eager: Tensor, batch: dict[str, Tensor], heads: tuple[int, ...], queries: Tensor | None) -> Tensor:
-    """The chosen rows one by one, 0 where the query is padding."""
-    mask = batch["attention_mask"]
-    n_samples, _, length, _ = eager.shape
-    if queries is None:
-        queries = torch.arange(length).repeat(n_samples, 1)
-    rows = torch.zeros(n_samples, len(heads), queries.shape[1], length)
-    for sample in range(n_samples):
-        for i, head in enumerate(heads):
-            for j, query in enumerate(queries[sample].tolist()):
-                if mask[sample, query]:
-                    rows[sample, i, j] = eager[sample, head, query]
-    return rows
-
 
 # --- what is captured ---
 

@@ -19,8 +19,8 @@ from seekr_peft.demo import BASE_PATH
 from seekr_peft.doctor.estimate import estimate_footprint
 from seekr_peft.errors import ConfigError
 from seekr_peft.model.base_files import check_base_files
+from seekr_peft.recipe import Recipe, load_recipe
 from seekr_peft.recipe.base_model import load_model
-from seekr_peft.recipe.schema import Recipe, load_recipe
 
 
 @pytest.fixture

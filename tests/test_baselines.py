@@ -26,8 +26,9 @@ from seekr_peft.errors import ConfigError, RunError
 from seekr_peft.losses import label_loss, softened_kl
 from seekr_peft.memory import choose_samples
 from seekr_peft.methods import Ewc, Lwf, OLora, ReplayLogits, Sequential, get_method
+from seekr_peft.methods.settings import EwcConfig, LwfConfig, OLoraConfig
 from seekr_peft.model.answers import answer_logits
-from seekr_peft.recipe.schema import load_recipe
+from seekr_peft.recipe import load_recipe
 from seekr_peft.run.stages import count_steps, joined
 from seekr_peft.training.trainer import ContinualTrainer
 
@@ -45,7 +46,7 @@ def do_task(method: Any, name: str, dataset: list, steps: int = 4) -> None:
 def test_olora_penalises_the_overlap_of_the_a_matrices() -> None:
     """One module, rank 1: A_earlier = 2 * (3, 4, 0, ...) with scaling 2, A_new = (1, 2, 0, ...): (6 + 16)^2."""
     lora = {"r": 1, "lora_alpha": 2, "target_modules": ["q_proj"], "layers_to_transform": [0]}
-    method = OLora(fresh_peft(**lora), SeekrConfig(olora_lambda=0.5))
+    method = OLora(fresh_peft(**lora), OLoraConfig(olora_lambda=0.5))
     with method.task("first"):
         (a, b) = (method.stack.parameters()[key] for key in sorted(method.stack.parameters()))
         a.data.zero_()
@@ -67,7 +68,7 @@ def test_olora_training_lowers_the_overlap() -> None:
     overlaps = []
     for weight in (0.0, 5.0):
         torch.manual_seed(0)
-        method = OLora(fresh_peft(), SeekrConfig(olora_lambda=weight))
+        method = OLora(fresh_peft(), OLoraConfig(olora_lambda=weight))
         do_task(method, "first", FIRST)
         with method.task("second"):
             optimizer = torch.optim.SGD(method.stack.parameters().values(), lr=0.01)
@@ -77,7 +78,7 @@ def test_olora_training_lowers_the_overlap() -> None:
                     penalty.backward()
                     optimizer.step()
                     optimizer.zero_grad()
-            method.config = SeekrConfig(olora_lambda=1.0)
+            method.config = OLoraConfig(olora_lambda=1.0)
             overlaps.append(float(method.penalty().detach()))
     assert overlaps[1] < 0.9 * overlaps[0]
 
@@ -87,7 +88,7 @@ def test_olora_training_lowers_the_overlap() -> None:
 
 def test_ewc_holds_parameters_by_their_fisher_information() -> None:
     """Two parameters: F = (4, 1), moved by (0.5, 3): 10 / 2 * (4 * 0.25 + 1 * 9)."""
-    method = Ewc(fresh_peft(), SeekrConfig(ewc_lambda=10.0), adapter_mode="continue")
+    method = Ewc(fresh_peft(), EwcConfig(ewc_lambda=10.0), adapter_mode="continue")
     with method.task("first", replay_from=FIRST):
         assert method.penalty() is None
         path, parameter = next(iter(method.stack.parameters().items()))
@@ -101,7 +102,7 @@ def test_ewc_holds_parameters_by_their_fisher_information() -> None:
 
 
 def test_the_fisher_information_is_the_mean_square_of_each_samples_gradient(tmp_path: Path) -> None:
-    method = Ewc(fresh_peft(), SeekrConfig(ewc_samples=12), directory=tmp_path, adapter_mode="continue")
+    method = Ewc(fresh_peft(), EwcConfig(ewc_samples=12), directory=tmp_path, adapter_mode="continue")
     do_task(method, "first", FIRST)
     fisher, values = method._tasks[0]
     parameters = dict(method.model.named_parameters())
@@ -166,7 +167,7 @@ def test_the_softened_divergence_is_the_number_worked_by_hand() -> None:
 
 @pytest.mark.parametrize("mode", ["stack", "continue"])
 def test_lwf_is_taught_by_the_model_before_the_task_on_its_own_samples(mode: Any) -> None:
-    method = Lwf(fresh_peft(), SeekrConfig(lwf_lambda=3.0, replay_batch_size=12), adapter_mode=mode)
+    method = Lwf(fresh_peft(), LwfConfig(lwf_lambda=3.0, replay_batch_size=12), adapter_mode=mode)
     with method.task("first", replay_from=FIRST):
         assert not method.replay_due(0)
         train_by_hand(method, FIRST, 4)
@@ -182,7 +183,7 @@ def test_lwf_is_taught_by_the_model_before_the_task_on_its_own_samples(mode: Any
         moved = logits_of(method.model)
         assert not torch.equal(moved, before)
         with method.replay_terms(method.model) as terms:
-            value = float(terms.logits.detach())
+            value = float(terms.parts["logits"].value.detach())
             assert value > 0 and float(terms.total.detach()) == pytest.approx(3 * value, rel=1e-6)
             assert torch.autograd.grad(terms.total, parameter)[0].abs().max() > 0
         assert torch.equal(logits_of(method.model), moved), "looking at the teacher must not change the student"
@@ -200,7 +201,7 @@ def test_lwf_is_taught_by_the_model_before_the_task_on_its_own_samples(mode: Any
 
 
 def test_lwf_draws_every_sample_once_a_pass() -> None:
-    method = Lwf(fresh_peft(), SeekrConfig(replay_batch_size=4))
+    method = Lwf(fresh_peft(), LwfConfig(replay_batch_size=4))
     do_task(method, "first", FIRST)
     with method.task("second", replay_from=SECOND):
         drawn = [tuple(row.tolist()) for _ in range(3) for row in next(method._stream).input_ids]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import NEW, OLD, adapted, arguments, copied
+from support.trainers import NEW, OLD, adapted, arguments, copied
 from torch import Tensor
 
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig, Sequential

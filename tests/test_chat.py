@@ -19,7 +19,7 @@ from seekr_peft import ReplayMemory, Task, run_recipe
 from seekr_peft.errors import DataError
 from seekr_peft.evaluation import evaluate_task, generate_answers
 from seekr_peft.evaluation.generation import find_unreachable, warn_of_unreachable
-from seekr_peft.recipe.schema import load_recipe
+from seekr_peft.recipe import load_recipe
 from seekr_peft.run.task_data import constant_answer_score, load_tasks
 from seekr_peft.tasks import encode
 from seekr_peft.tasks.task import prompts_of

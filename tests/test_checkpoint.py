@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from support.checkpoints import FIRST, SECOND, Killed, arguments, trainer
 from support.tiny_models import tiny_llama
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 from seekr_peft import ContinualTrainer, Seekr, SeekrConfig
 from seekr_peft.errors import ConfigError, RunError
@@ -25,67 +26,10 @@ from seekr_peft.training.checkpoint import load_training, random_state, save_tra
 CONFIG = SeekrConfig(replay_ratio=0.25, layer_budget=2, head_budget=5, query_budget=6, min_replay_passes=3)
 
 
-def samples(seed: int, count: int = 18) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for length in torch.randint(6, 12, (count,), generator=generator).tolist():
-        ids = torch.randint(3, 40, (length,), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [-100] * (length - 2) + ids[-2:]})
-    return made
-
-
-FIRST, SECOND = samples(1), samples(2)
-
-
 def method_in(directory: Path, name: str = "seekr", **options: Any) -> Any:
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
     set_seed(3)
     return get_method(name)(get_peft_model(tiny_llama(), lora), CONFIG, directory=directory, **options)
-
-
-def arguments(out: Path, **settings: Any) -> TrainingArguments:
-    return TrainingArguments(
-        **{
-            "output_dir": str(out),
-            "per_device_train_batch_size": 3,
-            "num_train_epochs": 3,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "cosine",
-            "logging_steps": 4,
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "save_strategy": "steps",
-            "save_steps": 5,
-            **settings,
-        }
-    )
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the package catches it."""
-
-
-def trainer(method: Any, args: TrainingArguments, dataset: Any, stop_after: int | None = None) -> Any:
-    made = ContinualTrainer(method=method, args=args, train_dataset=dataset)
-    made.logged = []
-    log = made.log
-
-    def noting(logs: dict[str, float], *rest: Any, **more: Any) -> None:
-        log(logs, *rest, **more)
-        if "loss" in logs:
-            made.logged.append((made.state.global_step, dict(logs)))
-
-    made.log = noting
-    step = made.training_step
-
-    def stopping(*given: Any, **more: Any) -> Any:
-        if stop_after is not None and made.state.global_step == stop_after:
-            raise Killed
-        return step(*given, **more)
-
-    made.training_step = stopping
-    return made
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

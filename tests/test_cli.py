@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from support.commands import command
 from support.run_directory_fixture import build_run
 
 import seekr_peft
-from seekr_peft import cli
 
 GOOD = {"model": {"name_or_path": "demo"}, "tasks": {"format": "demo"}}
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "accelerate", "bitsandbytes")
@@ -24,16 +24,6 @@ def modules_after(code: str) -> set[str]:
     script = f"{code}\nimport sys, json; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     return set(json.loads(result.stdout.splitlines()[-1]))
-
-
-def command(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run the command line in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["seekr-peft", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as exited:
-        return int(exited.code or 0)
-    return 0
 
 
 @pytest.fixture
@@ -90,7 +80,7 @@ def test_check_reads_the_recipe_with_its_overrides_and_runs_nothing(call: Any, t
     assert call("run", path, "--check") == (0, f"{path} is fine.\n", "")
     status, out, err = call("run", path, "seed=-1", "--check")
     assert (status, out) == (2, "")
-    assert err == "seekr-peft: seed: input should be greater than or equal to 0, got -1.\n"
+    assert err == "seekr-peft: seed must be at least 0, got -1.\n"
     assert not (tmp_path / "run").exists()
 
 

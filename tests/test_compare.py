@@ -93,11 +93,11 @@ def test_comparisons_with_one_folder_of_runs_share_them(tmp_path: Path) -> None:
         ({}, {"methods": ["replay", "nothing"]}, "'nothing' is neither a variant of the recipe .* nor a method"),
         ({}, {"methods": ["replay", "replay"]}, "name one twice"),
         ({}, {"orders": [["first", "last"]]}, "the order first, last is not one of the recipe's tasks"),
-        ({}, {"orders": 7}, "7 different orders of 3 tasks are not to be had"),
+        ({}, {"orders": 7}, "3 tasks do not have 7 different orders"),
         ({}, {"orders": []}, "there is no order"),
         ({}, {"seeds": [0, 0]}, r"the seeds are \[0, 0\]"),
         ({}, {"seeds": [-1]}, "seed -1 must be a whole number"),
-        ({"baseline": "nothing"}, {}, "compare.baseline 'nothing' is none of the variants"),
+        ({"baseline": "nothing"}, {}, "compare.baseline 'nothing' must be one of the variants"),
         ({"variants": {"a b": {}, "a-b": {}}}, {}, "the same folder name twice"),
         ({"variants": {"Seekr": {}, "seekr": {}}}, {}, "the same folder name twice"),
         ({"variants": {"a, b": {}}}, {}, "the label 'a, b' must be one line without commas"),
@@ -123,6 +123,23 @@ def test_mistakes_are_refused_before_anything_runs(
     with pytest.raises(ConfigError, match=message):
         quietly(recipe(tmp_path / "out", **section), **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_all_mistakes_of_a_plan_are_told_at_once(tmp_path: Path) -> None:
+    variants = {"a, b": {"seed": 1, "method": {}}, "c": {"method.name": "ewc", "adapter.mode": "stack"}}
+    with pytest.raises(ConfigError) as caught:
+        plan_comparison(recipe(tmp_path / "out", variants=variants), seeds=[-1], orders=7)
+    found = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 6, found
+    for part in (
+        "one line without commas",
+        "sets seed",
+        "the key 'method'",
+        "needs continue",
+        "7 different",
+        "seed -1",
+    ):
+        assert part in found
 
 
 # Statistics -------------------------------------------------------------------------------------------------------

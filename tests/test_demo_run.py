@@ -15,7 +15,7 @@ import seekr_peft.demo.run as demo_module
 from seekr_peft.demo.run import METHODS, demo_recipe, run_demo
 from seekr_peft.errors import RunError
 from seekr_peft.evaluation import AccuracyMatrix
-from seekr_peft.recipe.schema import load_recipe
+from seekr_peft.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.commands import command
 from support.small_run import small_recipe
-from test_cli import command
-from test_trainer import NEW, adapted, arguments
+from support.trainers import NEW, adapted, arguments
 
 from seekr_peft import ContinualTrainer, Sequential
 from seekr_peft.compare import compare

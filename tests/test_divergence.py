@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from support.commands import command
 from support.small_run import read_json, small_recipe
 from support.tiny_models import tiny_llama
-from test_cli import command
-from test_trainer import NEW, OLD, adapted, arguments, copied, perturb
+from support.trainers import NEW, OLD, adapted, arguments, copied, perturb
 
 from seekr_peft import ContinualTrainer, Replay, Seekr, SeekrConfig, Sequential
 from seekr_peft.errors import DataError, DivergenceError
+from seekr_peft.losses import ReplayTerms, Term
 from seekr_peft.methods import Ewc, Lwf
 from seekr_peft.training.trainer import MOST_SKIPPED_STEPS
 
@@ -115,7 +115,7 @@ class _BadReplay(Replay):
     @contextmanager
     def replay_terms(self, model: Any) -> Any:
         with super().replay_terms(model) as terms:
-            yield replace(terms, total=terms.total * float("inf"))
+            yield ReplayTerms({"replay": Term(float("inf"), terms.parts["replay"].value)})
 
 
 @pytest.mark.parametrize("replay_step", ["added", "separate"])

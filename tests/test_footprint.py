@@ -24,8 +24,8 @@ from seekr_peft.memory import TaskMemory
 from seekr_peft.methods import get_method
 from seekr_peft.methods.head_scores import score_heads
 from seekr_peft.model.peak_memory import PeakMemory
+from seekr_peft.recipe import Recipe, load_recipe
 from seekr_peft.recipe.base_model import load_model
-from seekr_peft.recipe.schema import Recipe, load_recipe
 
 LENGTH, ANSWERS, BATCH = 128, 8, 4
 METHOD = {

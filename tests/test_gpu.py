@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.eager import eager_rows, expected_rows
+from support.rows import make_inputs, make_teacher
 from support.small_run import read_json, read_lines, small_recipe
+from support.tapped import BUILDERS, SOME_HEADS, tapped_rows
 from support.teachers import all_heads_kl
 from support.tiny_models import N_HEADS, N_LAYERS, padded_batch, tiny_llama, with_lora
-from test_attention_rows import make_inputs, make_teacher
-from test_attention_tap import BUILDERS, SOME_HEADS, eager_rows, expected_rows, tapped_rows
-from test_trainer import OLD, adapted, arguments, perturb, trained
+from support.trainers import OLD, adapted, arguments, perturb, trained
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.tiny_models import VOCABULARY
-from test_trainer import NEW, OLD, adapted, arguments, perturb
+from support.trainers import NEW, OLD, adapted, arguments, perturb
 
 from seekr_peft import ContinualTrainer, Replay, Seekr, SeekrConfig, Sequential
 from seekr_peft.errors import ConfigError, DataError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ SOURCE = Path(seekr_peft.__file__).parent
 # A module imports only from levels above its own line. Two names on one line do not know each other.
 LEVELS = [
     {"errors", "types"},
-    {"terminal", "files", "metrics", "sparse"},
+    {"terminal", "files", "metrics", "validation", "loss_names", "sparse"},
     {"config"},
     {"heads"},
     {"attention", "tasks"},
@@ -149,6 +151,39 @@ def test_a_folder_says_what_lives_there_and_how_data_passes_through(folder: Path
     assert len(sentences) >= 2, text
     named = [path.stem for path in folder.glob("*.py") if f"``{path.stem}" in text]
     assert named, f"{folder.name} names none of its modules"
+
+
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+
+
+def test_the_map_of_the_package_names_its_rooms_and_no_other() -> None:
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    rooms = {path.name for path in SOURCE.iterdir() if path.suffix == ".py" and path.name != "__init__.py"}
+    rooms |= {f"{path.name}/" for path in SOURCE.iterdir() if (path / "__init__.py").is_file()}
+    lines = [line for line in text.splitlines() if line.startswith("    ")]
+    assert not [room for room in sorted(rooms) if not any(room in line for line in lines)]
+    there = {path.name for path in FILES}
+    named = {word for line in lines for word in re.findall(r"\b\w+\.py\b", line)}
+    assert named <= there, named - there
+
+
+def test_every_stop_of_the_three_journeys_exists() -> None:
+    journeys = CONTRIBUTING.read_text(encoding="utf-8").partition("## Three journeys")[2].partition("\n**The triton")[0]
+    stops = re.findall(r"`([a-z_]+(?:\.\w+)+)`", journeys)
+    assert len(stops) > 40
+    for stop in stops:
+        if stop != "memory.safetensors":
+            assert resolved(stop) is not None, stop
+
+
+def resolved(name: str) -> object:
+    """The object of a dotted name below ``seekr_peft``, or None."""
+    parts = name.split(".")
+    length = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in {module_name(path) for path in FILES})
+    found: object = importlib.import_module(".".join(["seekr_peft", *parts[:length]]))
+    for part in parts[length:]:
+        found = getattr(found, part, None)
+    return found
 
 
 def test_the_import_rule_sees_imports_at_all() -> None:

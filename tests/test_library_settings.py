@@ -13,6 +13,7 @@ import pytest
 
 from seekr_peft.model.plain_lora import OFF, SOME_VALUES
 from seekr_peft.recipe import setting_rules as rules
+from seekr_peft.recipe.annotations import LISTS
 from seekr_peft.recipe.library_fields import (
     accelerator_settings,
     compile_backends,
@@ -72,7 +73,7 @@ def test_the_lists_of_other_modules_are_theirs() -> None:
 
 def test_a_recipe_is_checked_without_loading_torch(tmp_path: Any) -> None:
     code = (
-        "import sys; from seekr_peft.recipe.schema import load_recipe; "
+        "import sys; from seekr_peft.recipe import load_recipe; "
         "load_recipe({'model': {'name_or_path': 'demo'}, 'tasks': {'format': 'demo'}, 'training': {'optim': 'sgd'}}); "
         "loaded = {'torch', 'transformers', 'peft'} & set(sys.modules); assert not loaded, loaded"
     )
@@ -97,7 +98,7 @@ def test_every_setting_of_the_installed_training_arguments_has_a_rule() -> None:
         *rules.NARROWER,
         *rules.NESTED,
         *training_choices(),
-        *rules.LISTS,
+        *LISTS,
     }
     without = {
         name

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.damages import DAMAGES, damaged_names, flip
 from support.small_run import TASKS, read_json, small_recipe
 
 import seekr_peft.files.atomic as files_module
@@ -54,12 +54,6 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 def resume(directory: Path) -> None:
     run_recipe(small_recipe(directory), resume=True, console=Console(quiet=True), report=False)
-
-
-def flip(path: Path, place: float = 0.5) -> None:
-    content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 4
-    path.write_bytes(content)
 
 
 def listed_files(directory: Path) -> list[str]:
@@ -108,29 +102,6 @@ def test_a_whole_run_verifies(whole: Path) -> None:
 
 
 # Every file is checked ----------------------------------------------------------------------------------------------
-
-
-def damaged_names() -> list[str]:
-    names = [
-        "recipe.yaml", "environment.json", "state.json", "method.json", "tasks.json", "costs.json", "metrics.jsonl",
-        "accuracy_matrix.json", "accuracy_matrix.csv", "importance.safetensors", "manifest.json",
-        "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "predictions/02-last/01-first.jsonl",
-    ]  # fmt: skip
-    own = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "memory.safetensors", "memory.json",
-           "importance.safetensors", "manifest.json")  # fmt: skip
-    return [*names, *(f"tasks/02-last/{name}" for name in own)]
-
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "a flipped bit": flip,
-    "a flipped bit at the end": lambda path: flip(path, 1.0),
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "emptied": lambda path: path.write_bytes(b""),
-    "gone": Path.unlink,
-    "another file": lambda path: path.write_bytes(b"{}\n"),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a loop of links": lambda path: (path.unlink(), path.symlink_to(path)),
-}
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))

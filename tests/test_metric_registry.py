@@ -18,6 +18,7 @@ from support.small_run import read_json, read_lines, small_recipe
 from support.tokenizer_zoo import byte_level
 
 import seekr_peft.metrics.registry as registry
+import seekr_peft.run.measuring as measuring_module
 import seekr_peft.run.runner as run_module
 from seekr_peft import Task, run_recipe
 from seekr_peft.errors import DataError, RunError
@@ -295,7 +296,7 @@ def test_a_run_keeps_the_functions_name_and_goes_on_with_it(tmp_path: Path, monk
     class Killed(BaseException):
         pass
 
-    evaluate = run_module.evaluate_task
+    evaluate = measuring_module.evaluate_task
 
     def dying(model: Any, tokenizer: Any, task: Task, **settings: Any) -> Any:
         if task.name == "last":
@@ -303,7 +304,7 @@ def test_a_run_keeps_the_functions_name_and_goes_on_with_it(tmp_path: Path, monk
         return evaluate(model, tokenizer, task, **settings)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_module, "evaluate_task", dying)
+        patch.setattr(measuring_module, "evaluate_task", dying)
         run_recipe(recipe, console=console)
     metrics[0] = "accuracy"
     with pytest.raises(RunError, match="cannot go on: the data of task first and the data of task last changed"):

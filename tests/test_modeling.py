@@ -23,10 +23,10 @@ from seekr_peft import run_recipe
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import ConfigError
 from seekr_peft.model.kind import stored_quantization
+from seekr_peft.recipe import Recipe, load_recipe
 from seekr_peft.recipe.base_config import attention_implementation, read_config
 from seekr_peft.recipe.base_model import load_model
 from seekr_peft.recipe.base_weights import check_tokens
-from seekr_peft.recipe.schema import Recipe, load_recipe
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 QUANTIZATIONS = ["none", "nf4", "int8"]

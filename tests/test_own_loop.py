@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import NEW, OLD, adapted, assert_close, copied, perturb
+from support.trainers import NEW, OLD, adapted, assert_close, copied, perturb
 from torch import Tensor
 
 from seekr_peft import Replay, Seekr, SeekrConfig

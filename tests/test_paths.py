@@ -19,7 +19,7 @@ from seekr_peft.compare.reading import load_comparison
 from seekr_peft.errors import ConfigError, RunError, SeekrError
 from seekr_peft.files.paths import given_path, path_problem
 from seekr_peft.methods import get_method
-from seekr_peft.recipe.schema import load_recipe
+from seekr_peft.recipe import load_recipe
 from seekr_peft.report import write_comparison, write_report
 from seekr_peft.run.export import export_adapter
 from seekr_peft.run.repair import repair, verify

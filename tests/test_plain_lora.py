@@ -12,9 +12,9 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraRuntimeConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from support.adapters import adapter_change, relative
 from support.core_models import fresh_peft, logits_of, randomise
 from support.tiny_models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, with_lora
-from test_adapters import adapter_change, relative
 
 from seekr_peft.errors import AdapterError
 from seekr_peft.model.adapter_stack import AdapterStack

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from support.damages import DAMAGES, damaged_names, flip
 from support.runs import assert_same_result
 from support.small_run import TASKS, read_json, small_recipe
 from support.tiny_models import tiny_llama
-from test_manifest import DAMAGES, damaged_names, flip
 
 from seekr_peft import Seekr, SeekrConfig, run_recipe
 from seekr_peft.errors import RunError, RunInUseError
@@ -153,7 +153,7 @@ def test_tasks_that_are_trained_at_once_are_repaired(tmp_path: Path) -> None:
 
 
 def test_what_save_pretrained_wrote_is_repaired_too(tmp_path: Path) -> None:
-    from test_checkpoint import FIRST, SECOND, arguments, trainer
+    from support.checkpoints import FIRST, SECOND, arguments, trainer
 
     def fresh() -> Any:
         return get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))

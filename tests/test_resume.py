@@ -30,7 +30,7 @@ from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import ConfigError, RunError
 from seekr_peft.files.manifest import Ledger
 from seekr_peft.memory import storage
-from seekr_peft.recipe.schema import load_recipe
+from seekr_peft.recipe import load_recipe
 from seekr_peft.run.records import RunRecords
 from seekr_peft.run.task_data import load_tasks
 

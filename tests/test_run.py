@@ -24,8 +24,8 @@ import seekr_peft.run.runner as run_module
 from seekr_peft import SeekrConfig, run_recipe
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.model.kind import base_fingerprint
+from seekr_peft.recipe import load_recipe
 from seekr_peft.recipe.base_model import load_model
-from seekr_peft.recipe.schema import load_recipe
 from seekr_peft.run.task_data import load_tasks
 
 

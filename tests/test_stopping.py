@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_in_its_first_task_is_not_begun_anew_without_a_wo
 
 
 def test_a_damaged_checkpoint_is_named_and_repaired(tmp_path: Path, whole: Path) -> None:
-    from test_manifest import flip
+    from support.damages import flip
 
     from seekr_peft.run.repair import repair
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ..errors import DivergenceError, RunError, RunInUseError, SeekrError
 from ..model.devices import check_one_device
-from ..recipe.schema import Recipe
+from ..recipe import Recipe
 from ..run.directory import RECIPE_FILE, is_finished, recipe_difference
 from ..run.runner import run_recipe
 from ..terminal import TerminalConsole

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from .statistics import PairedDifference, p_words
 
-SURE = 0.05
-"""A p above it is called chance's doing, as is usual."""
-SMALLEST = 0.0005
-"""Of OP: what would be printed as 0.0 is no difference."""
+SIGNIFICANT_P = 0.05
+"""The usual bound: a difference with a larger p may be chance."""
+SMALLEST_DIFFERENCE = 0.0005
+"""The smallest difference of OP that counts as one; a smaller one would be printed as 0.0 points."""
 PAIRS_NEEDED = 6
-"""The fewest pairs whose p can fall to ``SURE``: 2 / 2^6 = 0.031, 2 / 2^5 = 0.063."""
+"""The fewest pairs whose p can fall to ``SIGNIFICANT_P``: 2 / 2^6 = 0.031, where 2 / 2^5 = 0.063."""
 
 
 def answer(
@@ -41,13 +41,13 @@ def answer(
 
 
 def _verdict(difference: PairedDifference) -> str:
-    if difference.p is None or difference.p > SURE or abs(difference.mean) < SMALLEST:
+    if difference.p is None or difference.p > SIGNIFICANT_P or abs(difference.mean) < SMALLEST_DIFFERENCE:
         return "Not shown"
     return "Yes" if difference.mean > 0 else "No"
 
 
 def _position(difference: PairedDifference, baseline: str) -> str:
-    if abs(difference.mean) < SMALLEST:
+    if abs(difference.mean) < SMALLEST_DIFFERENCE:
         return f"level with {baseline}"
     return f"{100 * abs(difference.mean):.1f} OP {'above' if difference.mean > 0 else 'below'} {baseline}"
 

@@ -130,61 +130,79 @@ def _run_row(variant: Variant, run: SingleRun) -> dict[str, Any]:
 
 def _sections(comparison: Comparison) -> list[Section]:
     """Everything that can be drawn, in the page's order."""
-    finished = comparison.finished
-    choosing, depth_cap = _first([v for v in finished if layer_shares(v.records()) is not None])
-    measured, general_cap = _first([v for v in finished if any(record.general for record in v.records())])
+    before = [section(comparison) for section in (_op_bwt, _differences, _curve)]
+    after = [section(comparison) for section in (_cost, _depth, _general)]
+    return [section for section in (*before, *_order_sections(comparison), *after) if section is not None]
+
+
+def _op_bwt(comparison: Comparison) -> Section | None:
+    return _section(
+        "op_bwt",
+        "Performance and forgetting",
+        "OP against BWT. Small: every run; large: the variant's mean. A dashed line: a variant without BWT, which "
+        "learns all tasks at once.",
+        drawing.draw_op_bwt(comparison),
+        f"OP over BWT, one marker a variant. {_score_words(comparison.finished)}",
+    )
+
+
+def _differences(comparison: Comparison) -> Section | None:
+    return _section(
+        "differences",
+        "Differences to the baseline",
+        "Every dot is one pair of runs with the same order and seed, the orders one under another; the bar and the "
+        "number are the mean.",
+        drawing.draw_differences(comparison),
+        f"Paired differences of OP to the baseline. {_difference_words(comparison)}",
+    )
+
+
+def _curve(comparison: Comparison) -> Section | None:
+    return _section(
+        "curve",
+        f"OP and BWT over {shorten(comparison.curve or '', VALUE_LIMIT)}",
+        "Mean over the runs, the bars one standard deviation. Level lines: the baseline, and variants without a "
+        "number there.",
+        drawing.draw_curve(comparison),
+        _curve_words(comparison),
+    )
+
+
+def _cost(comparison: Comparison) -> Section | None:
+    return _section(
+        "cost",
+        "Cost",
+        "Means over the runs, but for the milliseconds, which are those of the fastest run (other work on a machine "
+        "only slows). The seconds outside of the steps and the bytes are those of all tasks of a run.",
+        drawing.draw_cost(comparison),
+        f"Bars of the cost of each variant. {_cost_words(comparison.finished)}",
+    )
+
+
+def _depth(comparison: Comparison) -> Section | None:
+    choosing, cap = _first([variant for variant in comparison.finished if layer_shares(variant.records()) is not None])
+    return _section(
+        "depth",
+        "Depth of the selected heads",
+        f"Where the heads selected after the last task lie, mean over the runs.{cap}",
+        drawing.draw_depth(choosing),
+        f"Share of the selected heads in each layer. {_depth_words(choosing)}",
+    )
+
+
+def _general(comparison: Comparison) -> Section | None:
+    measured, cap = _first(
+        [variant for variant in comparison.finished if any(record.general for record in variant.records())]
+    )
     means = {variant.name: mean_record(variant.records()) for variant in measured}
-    found = [
-        _section(
-            "op_bwt",
-            "Performance and forgetting",
-            "OP against BWT. Small: every run; large: the variant's mean. A dashed line: a variant without BWT, "
-            "which learns all tasks at once.",
-            drawing.draw_op_bwt(comparison),
-            f"OP over BWT, one marker a variant. {_score_words(finished)}",
-        ),
-        _section(
-            "differences",
-            "Differences to the baseline",
-            "Every dot is one pair of runs with the same order and seed, the orders one under another; "
-            "the bar and the number are the mean.",
-            drawing.draw_differences(comparison),
-            f"Paired differences of OP to the baseline. {_difference_words(comparison)}",
-        ),
-        _section(
-            "curve",
-            f"OP and BWT over {shorten(comparison.curve or '', VALUE_LIMIT)}",
-            "Mean over the runs, the bars one standard deviation. Level lines: the baseline, and variants without a "
-            "number there.",
-            drawing.draw_curve(comparison),
-            _curve_words(comparison),
-        ),
-        *_order_sections(comparison),
-        _section(
-            "cost",
-            "Cost",
-            "Means over the runs, but for the milliseconds, which are those of the fastest run (other work "
-            "on a machine only slows). The seconds outside of the steps and the bytes are those of all tasks of a run.",
-            drawing.draw_cost(comparison),
-            f"Bars of the cost of each variant. {_cost_words(finished)}",
-        ),
-        _section(
-            "depth",
-            "Depth of the selected heads",
-            f"Where the heads selected after the last task lie, mean over the runs.{depth_cap}",
-            drawing.draw_depth(choosing),
-            f"Share of the selected heads in each layer. {_depth_words(choosing)}",
-        ),
-        _section(
-            "general",
-            "General ability",
-            "Tests that no task trains for, before the first task (0) and after each, mean over the runs of all "
-            f"orders. Dashed: the base model.{general_cap}",
-            figures.draw_general(means, [variant.place for variant in measured]),
-            f"One panel a test of general ability. {_general_words(means)}",
-        ),
-    ]
-    return [section for section in found if section is not None]
+    return _section(
+        "general",
+        "General ability",
+        "Tests that no task trains for, before the first task (0) and after each, mean over the runs of all orders. "
+        f"Dashed: the base model.{cap}",
+        figures.draw_general(means, [variant.place for variant in measured]),
+        f"One panel a test of general ability. {_general_words(means)}",
+    )
 
 
 def _section(name: str, title: str, text: str, figure: Figure | None, alt: str) -> Section | None:

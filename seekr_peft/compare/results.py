@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import printable
 from ..evaluation import FORMULAS, AccuracyMatrix
 from ..evaluation.matrix import JSON_NAME
+from ..files.atomic import write_json, write_text
 from ..files.manifest import StoredFiles
 from ..methods import get_method
 from ..run.directory import is_finished
@@ -221,10 +222,10 @@ def read_comparison(plan: Plan, command: str = "") -> Comparison:
 
 def write_comparison_files(comparison: Comparison, directory: Path) -> None:
     """comparison.json, comparison.md, comparison.csv (a row a variant) and runs.csv (a row a run)."""
-    _write(directory / JSON_FILE, json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    _write(directory / TABLE_FILE, comparison.to_markdown())
-    _write(directory / CSV_FILE, _csv([_flat(dataclasses.asdict(variant)) for variant in comparison.variants]))
-    _write(directory / RUNS_FILE, _csv([_flat(dataclasses.asdict(run)) for run in comparison.runs]))
+    write_json(directory / JSON_FILE, comparison.to_dict())
+    write_text(directory / TABLE_FILE, comparison.to_markdown())
+    write_text(directory / CSV_FILE, _csv([_flat(dataclasses.asdict(variant)) for variant in comparison.variants]))
+    write_text(directory / RUNS_FILE, _csv([_flat(dataclasses.asdict(run)) for run in comparison.runs]))
 
 
 def _run_figures(job: Job, root: Path) -> RunFigures:
@@ -344,9 +345,3 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
+from ..recipe import Recipe
 from ..recipe.base_model import CHECKPOINTING
-from ..recipe.schema import Recipe
 from .estimate import Footprint, estimate_footprint
 
 

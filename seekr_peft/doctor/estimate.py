@@ -16,8 +16,8 @@ from ..attention.models import check_capture
 from ..config import SeekrConfig
 from ..memory import ReplaySample, choose_queries, estimate_bytes, replay_count
 from ..methods import ContinualMethod, get_method
+from ..recipe import DEMO, Recipe, task_order
 from ..recipe.base_config import read_config
-from ..recipe.schema import DEMO, Recipe, task_order
 from ..tasks import read_tasks
 from ..tasks.tokenize import IGNORED_LABEL
 from .lowered import LOWERED, lowered_forward
@@ -108,7 +108,7 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
     add_earlier(recipe, model, n_tasks)
     base = sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" not in name)
     base += _scale_bytes(recipe, model) + sum(buffer.nbytes for buffer in model.buffers())
-    method = recipe.method_config()
+    method = recipe.method_config_as(SeekrConfig)
     attention = method.attention_distillation and "attention" in kind.teacher_signals
     if attention:
         # As the method will.

@@ -21,10 +21,10 @@ from ..errors import ConfigError
 from ..model.adapter_checks import check_summable
 from ..model.kind import causal_class
 from ..model.low_rank_sum import resolved_rank_limit
+from ..recipe import Recipe
 from ..recipe.base_config import attention_implementation
 from ..recipe.base_model import CHECKPOINTING, add_adapter
 from ..recipe.quantization import compute_dtype
-from ..recipe.schema import Recipe
 
 _ATTENTION = "seekr_footprint"
 

@@ -20,7 +20,7 @@ from ..heads import HeadSelection
 from ..memory import ReplaySample
 from ..model.answers import differentiable_input, evaluation_mode
 from ..model.peak_memory import PeakMemory
-from ..recipe.schema import Recipe
+from ..recipe import Recipe
 from ..sparse import BROADEST, SparseDistribution
 from .meta_model import EARLIER, GroupedProducts
 
@@ -83,7 +83,7 @@ def replay_peak(
     recipe: Recipe, model: Any, sample: ReplaySample, answers: int, n_heads: int, logit_top_k: int, stored: int
 ) -> int:
     """Forward and backward on a replay batch, while the new task's gradient lies there."""
-    method, length = recipe.method_config(), len(sample.input_ids)
+    method, length = recipe.method_config_as(SeekrConfig), len(sample.input_ids)
     batch_size = min(method.replay_batch_size, stored)
     if batch_size == 0:
         return 0
@@ -139,7 +139,7 @@ def _teacher(
 def scoring_peak(recipe: Recipe, model: Any, sample: ReplaySample, answers: int) -> int:
     """One sample, as ``score_heads`` does it: every head's rows before the task, those after it and the backward."""
     heads = HeadSelection({layer: range(head_shape(model)[1]) for layer in attention_modules(model)})
-    batch, every_query = _tokens(1, len(sample.input_ids)), recipe.method_config().sensitivity_queries == "all"
+    method, batch = recipe.method_config_as(SeekrConfig), _tokens(1, len(sample.input_ids))
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def score() -> None:
@@ -155,7 +155,7 @@ def scoring_peak(recipe: Recipe, model: Any, sample: ReplaySample, answers: int)
             with torch.no_grad():
                 return (call.rows()[0] - before.pop(layer)).square().sum(dim=(-1, -2))
 
-        squares: Literal["every", "selected"] = "every" if every_query else "selected"
+        squares: Literal["every", "selected"] = "every" if method.sensitivity_queries == "all" else "selected"
         with AttentionTap(model, heads, queries, observe=change, squares=squares) as tap:
             tap.gradient_squares(_answer_loss(model, batch, answers, distils=False))
 

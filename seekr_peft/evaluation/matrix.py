@@ -127,7 +127,7 @@ class AccuracyMatrix:
         return _mean(falls)
 
     def to_dict(self) -> dict[str, Any]:
-        """Tasks, scores, figures (None = not to be had yet) and their formulas, ready for JSON."""
+        """Tasks, scores, figures (None: not known yet) and their formulas, ready for JSON."""
         data: dict[str, Any] = {"tasks": list(self.task_names), "scores": self.scores}
         if self._before_training:
             data["scores_before_training"] = self._square(self._before_training)
@@ -231,7 +231,7 @@ class AccuracyMatrix:
         return self._scores[i, i]
 
     def _figure(self, name: str, after: str | None = None) -> float | None:
-        """A figure, or None where it is not to be had yet."""
+        """A figure, or None where it is not known yet."""
         try:
             return getattr(self, name)(after)
         except DataError:

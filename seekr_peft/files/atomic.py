@@ -83,6 +83,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes; a reader sees the old file or the new one, never half of one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def as_json(document: Any) -> str:
     """The text that ``write_json`` writes."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

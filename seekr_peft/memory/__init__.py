@@ -1,7 +1,7 @@
 """The replay memory: samples and teacher signals on disk.
 
 ``samples`` chooses what is kept, ``codec`` packs the teacher's rows, ``storage`` writes and reads a task's folder,
-``memory`` draws from all tasks, and ``batch`` pads what was drawn for one forward.
+``memory`` draws from all tasks in the order of ``stream``, and ``batch`` pads what was drawn for one forward.
 """
 
 from .batch import LayerTeacher, ReplayBatch, collate

@@ -13,6 +13,7 @@ from ..files.manifest import MANIFEST_FILE, folder_damages
 from .batch import ReplayBatch, collate_flat
 from .codec import unpack
 from .storage import HEADER_FILE, WEIGHTS_FILE, TaskMemory
+from .stream import endless_batches
 
 
 class ReplayMemory:
@@ -83,14 +84,5 @@ class ReplayMemory:
 
     def _order(self, batch_size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
         places = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
-        if not places:
-            return
-        generator = torch.Generator().manual_seed(seed)
-        size = min(batch_size, len(places))
-        queue: list[tuple[int, int]] = []
-        while True:
-            while len(queue) < size:
-                order = torch.randperm(len(places), generator=generator).tolist()
-                queue.extend(places[i] for i in order)
-            yield queue[:size]
-            queue = queue[size:]
+        for chosen in endless_batches(len(places), batch_size, seed):
+            yield [places[index] for index in chosen]

@@ -1,16 +1,18 @@
 """The methods, one file each behind ``ContinualMethod``, and the scores and the rhythm that they share.
 
 A batch of new samples goes into a method's replay step, which answers with the loss terms of its replay memory; each
-class is loaded on first use, so that the names in ``registry`` cost no torch.
+class is loaded on first use, so that the names in ``registry`` and the configurations in ``settings`` cost no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
-from .registry import ENTRY_POINT_GROUP, OWN_METHODS, find_entry_point, method_names
+from ..config import MethodConfig
+from ..errors import ConfigError, SeekrError, cut
+from .registry import ENTRY_POINT_GROUP, OWN_CONFIGS, OWN_METHODS, find_entry_point, method_names
 
 if TYPE_CHECKING:
     from .base import ContinualMethod as ContinualMethod
@@ -36,7 +38,7 @@ def get_method(name: str) -> type[ContinualMethod]:
     """The method of that name, the package's own or one that another package registers.
 
     Raises:
-        ConfigError: There is none, or the entry point is no ``ContinualMethod``.
+        ConfigError: There is none, or the entry point cannot be loaded or is no ``ContinualMethod``.
     """
     from .base import ContinualMethod
 
@@ -45,13 +47,55 @@ def get_method(name: str) -> type[ContinualMethod]:
     entry_point = find_entry_point(name)
     if entry_point is None:
         raise ConfigError(f"method {name!r} is unknown; choose one of {', '.join(method_names())}.")
-    found = entry_point.load()
+    try:
+        found = entry_point.load()
+    except Exception as error:
+        # Another package's module may fail in any way.
+        why = cut(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ConfigError(
+            f"method {name!r} of the entry point {entry_point.value} cannot be loaded ({why}); mend or remove the "
+            f"package that registers it."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, ContinualMethod)):
         raise ConfigError(
             f"the entry point {name!r} of group {ENTRY_POINT_GROUP!r} is {entry_point.value}, no ContinualMethod; "
             f"fix the package that registers it."
         )
     return found
+
+
+def find_config_class(name: str) -> type[MethodConfig]:
+    """The class of that method's configuration; loads torch only for another package's method.
+
+    Raises:
+        ConfigError: As of ``get_method``, or that method's ``config_class`` is no ``MethodConfig``.
+    """
+    if name in OWN_CONFIGS:
+        return OWN_CONFIGS[name]
+    found = get_method(name).config_class
+    if not (isinstance(found, type) and issubclass(found, MethodConfig)):
+        raise ConfigError(
+            f"the config_class of method {name!r} is {cut(repr(found))}, not a class that derives from "
+            f"seekr_peft.config.MethodConfig; fix the package that registers it."
+        )
+    return found
+
+
+def other_configs(keys: Iterable[str]) -> list[type[MethodConfig]]:
+    """The configurations that one ``method`` section is shared with: those of the package's own methods, and where
+    ``keys`` has one that none of them knows, those of other packages' methods."""
+    own = list(dict.fromkeys(OWN_CONFIGS.values()))
+    if all(any(key in each.setting_names() for each in own) for key in keys):
+        return own
+    return own + [each for name in method_names() if name not in OWN_CONFIGS for each in _config_if_any(name)]
+
+
+def _config_if_any(name: str) -> list[type[MethodConfig]]:
+    try:
+        return [find_config_class(name)]
+    except SeekrError:
+        # It is told to whoever asks for that method.
+        return []
 
 
 __all__ = [
@@ -64,6 +108,8 @@ __all__ = [
     "ReplayLogits",
     "Seekr",
     "Sequential",
+    "find_config_class",
     "get_method",
     "method_names",
+    "other_configs",
 ]

@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..config import MethodConfig
 from ..errors import MemoryFormatError
 from ..files.atomic import save_tensors
 from ..losses import label_loss
 from ..memory import ReplaySample, choose_samples
 from ..model.answers import answer_logits, evaluation_mode
 from .base import ContinualMethod
+from .settings import EwcConfig
 
 FISHER_FILE = "fisher.safetensors"
 
@@ -34,6 +36,9 @@ class Ewc(ContinualMethod):
     name: ClassVar[str] = "ewc"
     needs_samples: ClassVar[bool] = True
     adapter_modes: ClassVar[tuple[str, ...]] = ("continue",)
+    config_class: ClassVar[type[MethodConfig]] = EwcConfig
+
+    config: EwcConfig
 
     def __init__(self, model: PeftModel, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)

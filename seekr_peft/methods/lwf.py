@@ -11,12 +11,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..config import MethodConfig
 from ..heads import HeadSelection
-from ..losses import ReplayTerms, softened_kl
+from ..losses import ReplayTerms, Term, softened_kl
 from ..memory import ReplayBatch, ReplaySample, TeacherSignals, choose_samples, collate
+from ..memory.stream import endless_batches
 from ..model.answers import answer_logits, evaluation_mode
 from .base import ContinualMethod
 from .rhythm import Rhythm
+from .settings import LwfConfig
 
 
 class Lwf(ContinualMethod):
@@ -30,6 +33,9 @@ class Lwf(ContinualMethod):
 
     name: ClassVar[str] = "lwf"
     needs_samples: ClassVar[bool] = True
+    config_class: ClassVar[type[MethodConfig]] = LwfConfig
+
+    config: LwfConfig
 
     def __init__(self, model: PeftModel, *args: Any, **options: Any) -> None:
         super().__init__(model, *args, **options)
@@ -63,20 +69,17 @@ class Lwf(ContinualMethod):
             teacher, _ = answer_logits(model, *inputs)
         student, _ = answer_logits(model, *inputs)
         divergence = softened_kl(student, teacher, self.config.lwf_temperature)
-        yield ReplayTerms(self.config.lwf_lambda * divergence, logits=divergence)
+        yield ReplayTerms({"logits": Term(self.config.lwf_lambda, divergence)})
 
     def _has_teacher(self) -> bool:
         """Whether there is anything to keep: an earlier task, or an adapter that the model brought along."""
         return bool(self.task_names) or self.stack.adopted
 
     def _batches(self) -> Iterator[ReplayBatch]:
-        """Batches without end in a seeded order, reshuffled each pass."""
-        samples = self._samples
-        generator = torch.Generator().manual_seed(self.config.seed + len(self.task_names))
-        size = min(self.config.replay_batch_size, len(samples))
-        nothing = TeacherSignals({}, None)
-        while True:
-            order = torch.randperm(len(samples), generator=generator).tolist()
-            for start in range(0, len(order) - size + 1, size):
-                chosen = [samples[index] for index in order[start : start + size]]
-                yield collate(chosen, [HeadSelection({})] * size, [nothing] * size, self.facts.pad_token_id)
+        """Batches of the new task's samples, without signals, without end."""
+        seed = self.config.seed + len(self.task_names)
+        size = self.config.replay_batch_size
+        for places in endless_batches(len(self._samples), size, seed, leaves_rest_out=True):
+            chosen = [self._samples[place] for place in places]
+            nothing = [HeadSelection({})] * len(chosen), [TeacherSignals({}, None)] * len(chosen)
+            yield collate(chosen, *nothing, self.facts.pad_token_id)

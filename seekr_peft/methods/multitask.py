@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from ..config import MethodConfig
 from .base import ContinualMethod
 
 
@@ -12,4 +13,5 @@ class Multitask(ContinualMethod):
     """
 
     name: ClassVar[str] = "multitask"
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
     joint: ClassVar[bool] = True

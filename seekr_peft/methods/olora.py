@@ -7,7 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..config import MethodConfig
 from .base import ContinualMethod
+from .settings import OLoraConfig
 
 
 class OLora(ContinualMethod):
@@ -19,6 +21,9 @@ class OLora(ContinualMethod):
 
     name: ClassVar[str] = "olora"
     adapter_modes: ClassVar[tuple[str, ...]] = ("stack",)
+    config_class: ClassVar[type[MethodConfig]] = OLoraConfig
+
+    config: OLoraConfig
 
     def penalty(self) -> Tensor | None:
         earlier = self.stack.earlier_parameters()

@@ -95,3 +95,12 @@ class GivenGradient(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         ctx.weighed(outer[0])
         return (None, None, None, *[gradient * outer[0] for gradient in ctx.gradients])
+
+
+def with_given_gradient(loss: Tensor, parameters: Iterable[Tensor], weighed: Callable[[Tensor], None]) -> Tensor:
+    """The scalar ``loss`` without its graph: its gradient is computed now, and its backward hands that out."""
+    wanted = list(parameters)
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    kept = [(p, g) for p, g in zip(wanted, gradients, strict=True) if g is not None]
+    found: Tensor = GivenGradient.apply(loss.detach(), weighed, [g for _, g in kept], *[p for p, _ in kept])
+    return found

@@ -1,8 +1,11 @@
-"""The names of the methods, without importing them (that loads torch)."""
+"""The methods by name: the package's own with their configurations, without torch, and those of other packages."""
 
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
+
+from ..config import MethodConfig, ReplayConfig, SeekrConfig
+from .settings import EwcConfig, LwfConfig, OLoraConfig
 
 ENTRY_POINT_GROUP = "seekr_peft.methods"
 """Other packages register a method here: ``[project.entry-points."seekr_peft.methods"] name = "module:Class"``."""
@@ -18,6 +21,18 @@ OWN_METHODS = {
     "multitask": "Multitask",
 }
 """The package's own methods: each one's module here, which is its name in a recipe, and its class."""
+
+OWN_CONFIGS: dict[str, type[MethodConfig]] = {
+    "sequential": MethodConfig,
+    "replay": ReplayConfig,
+    "replay_logits": SeekrConfig,
+    "seekr": SeekrConfig,
+    "lwf": LwfConfig,
+    "ewc": EwcConfig,
+    "olora": OLoraConfig,
+    "multitask": MethodConfig,
+}
+"""Each one's ``config_class``."""
 
 ADAPTER_MODES = {"ewc": ("continue",), "olora": ("stack",)}
 """Of those methods that do not work with every one: the class's ``adapter_modes``."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..config import SeekrConfig
+from ..config import MethodConfig, ReplayConfig
 from ..losses import ReplayTerms, combine, label_loss
 from ..memory import ReplayBatch, ReplayMemory, ReplaySample, TaskMemory, choose_samples, estimate_bytes
 from ..memory.samples import SELECTORS, SampleSelector, check_token_ids
@@ -27,11 +27,14 @@ class Replay(ContinualMethod):
 
     name: ClassVar[str] = "replay"
     uses_replay: ClassVar[bool] = True
+    config_class: ClassVar[type[MethodConfig]] = ReplayConfig
+
+    config: ReplayConfig
 
     def __init__(
         self,
         model: PeftModel,
-        config: SeekrConfig | None = None,
+        config: MethodConfig | None = None,
         *,
         select_samples: SampleSelector | None = None,
         **options: Any,

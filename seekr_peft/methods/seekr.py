@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attention import AttentionTap
 from ..attention.capture import AttentionCall
 from ..attention.models import check_capture, uses_reentrant_checkpointing
-from ..config import SeekrConfig
+from ..config import MethodConfig, SeekrConfig
 from ..errors import CaptureError, MemoryFormatError
 from ..files.atomic import save_tensors
 from ..files.manifest import StoredFiles
@@ -46,26 +46,34 @@ class Seekr(Replay):
 
     name: ClassVar[str] = "seekr"
     teacher_signals: ClassVar[tuple[str, ...]] = ("attention", "logits")
+    config_class: ClassVar[type[MethodConfig]] = SeekrConfig
 
-    def __init__(self, model: PeftModel, config: SeekrConfig | None = None, **options: Any) -> None:
-        config = config or SeekrConfig()
+    config: SeekrConfig
+
+    def __init__(self, model: PeftModel, config: MethodConfig | None = None, **options: Any) -> None:
+        given: Any = self.config_class.of(config)
         config = replace(
-            config,
-            attention_distillation=config.attention_distillation and "attention" in self.teacher_signals,
-            logits_distillation=config.logits_distillation and "logits" in self.teacher_signals,
+            given,
+            attention_distillation=given.attention_distillation and "attention" in self.teacher_signals,
+            logits_distillation=given.logits_distillation and "logits" in self.teacher_signals,
         )
         super().__init__(model, config, **options)
-        if config.attention_distillation and config.lambda2 >= ROUGH_UP_TO and config.storage_dtype == "uint8":
-            logger.warning(
-                "lambda2 is %g: attention rows stored in uint8 pull at a student that meets its teacher exactly (a "
-                "gradient of about 0.0006 of lambda2); set storage_dtype to float16 (half as much room again).",
-                config.lambda2,
-            )
+        self._warn_of_rough_rows()
         self.importance = ImportanceRecord()
         self.selections: list[HeadSelection] = []
         self._pending: tuple[ImportanceRecord, HeadSelection] | None = None
         self._shape = self.facts.head_shape
         self._layers = self.facts.attention_layers
+
+    def _warn_of_rough_rows(self) -> None:
+        config = self.config
+        if config.attention_distillation and config.lambda2 >= ROUGH_UP_TO and config.storage_dtype == "uint8":
+            logger.warning(
+                "lambda2 is %g, and attention rows are stored in uint8: by their rounding a student that equals its "
+                "teacher still gets a gradient of about 0.0006 * lambda2; set storage_dtype to float16, which takes "
+                "half as much disk space again.",
+                config.lambda2,
+            )
 
     def check_model(self, model: PeftModel) -> None:
         super().check_model(model)
@@ -85,7 +93,6 @@ class Seekr(Replay):
 
     def after_training(self, directory: Path) -> None:
         """Score the heads, select, and store samples, rows and logits."""
-        config = self.config
         estimate = self.estimated_bytes()
         logger.info(
             "task %s: remembering %d samples, at most %.2f MB on disk",
@@ -93,12 +100,22 @@ class Seekr(Replay):
             len(self._samples),
             estimate / 1e6,
         )
-        selection = HeadSelection({})
-        if config.attention_distillation:
-            record, selection = self._pending = self._score_and_select()
-            # float64: a resumed run must select the very same heads.
-            own = {"forgettability": record.forgettability[-1], "sensitivity": record.sensitivity[-1]}
-            save_tensors({name: scores.clone() for name, scores in own.items()}, directory / IMPORTANCE_FILE)
+        selection = self._select_heads(directory) if self.config.attention_distillation else HeadSelection({})
+        signals, quality = self._teach(selection)
+        header = self._memory_header(estimate)
+        TaskMemory.write(directory, str(self.current_task), self._samples, signals, selection, quality, header)
+
+    def _select_heads(self, directory: Path) -> HeadSelection:
+        """The heads to distil; this task's scores are written into ``directory``."""
+        record, selection = self._pending = self._score_and_select()
+        # float64: a resumed run must select the very same heads.
+        own = {"forgettability": record.forgettability[-1], "sensitivity": record.sensitivity[-1]}
+        save_tensors({name: scores.clone() for name, scores in own.items()}, directory / IMPORTANCE_FILE)
+        return selection
+
+    def _teach(self, selection: HeadSelection) -> tuple[list[PackedSignals], TeacherQuality]:
+        """What is stored of the teacher with each sample, and how good a teacher it is; a poor one is told."""
+        config = self.config
         signals, loss, entropy = teach(
             self.model,
             self._samples,
@@ -117,22 +134,18 @@ class Seekr(Replay):
                 loss,
                 entropy,
             )
-        TaskMemory.write(
-            directory,
-            str(self.current_task),
-            self._samples,
-            signals,
-            selection,
-            TeacherQuality(loss, entropy, worth),
-            {
-                "estimated_bytes": estimate,
-                "queries_per_sample": max(len(sample.queries) for sample in self._samples),
-                "row_top_k": config.row_top_k,
-                "logit_top_k": config.logit_top_k,
-                "kept_mass": config.kept_mass,
-                "model": self._model_identity(),
-            },
-        )
+        return signals, TeacherQuality(loss, entropy, worth)
+
+    def _memory_header(self, estimate: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "estimated_bytes": estimate,
+            "queries_per_sample": max(len(sample.queries) for sample in self._samples),
+            "row_top_k": config.row_top_k,
+            "logit_top_k": config.logit_top_k,
+            "kept_mass": config.kept_mass,
+            "model": self._model_identity(),
+        }
 
     def after_saving(self, directory: Path) -> None:
         super().after_saving(directory)

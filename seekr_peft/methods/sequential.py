@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from ..config import MethodConfig
 from .base import ContinualMethod
 
 
@@ -9,3 +10,4 @@ class Sequential(ContinualMethod):
     """Train the tasks one after another and do nothing about forgetting."""
 
     name: ClassVar[str] = "sequential"
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig

@@ -5,17 +5,15 @@ bounds. Every setting of the installed classes is bounded, a choice, a switch, f
 test asks of each (transformers 5.23, PEFT 0.21).
 """
 
-import ast
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from ..errors import cut, shown
 from ..model.plain_lora import OFF, SOME_VALUES
-from .library_fields import Setting, accelerator_settings, compile_backends, report_integrations, training_choices
+from .annotations import Kind, choice, each, kind_of
+from .library_fields import Setting, accelerator_settings
 
 Bound = tuple[str, Callable[[Any], bool]]
 """A rule in words, after the type's, and as a test of a value of the right type."""
@@ -111,10 +109,6 @@ def _whole_from_one(value: float) -> bool:
     return value < 1 or float(value).is_integer()
 
 
-def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: all(map(holds, value.values() if isinstance(value, Mapping) else value))
-
-
 def is_pattern(text: str) -> bool:
     """Whether ``text`` is a regular expression, as PEFT takes names of modules for."""
     try:
@@ -185,7 +179,7 @@ TRAINING_BOUNDS: dict[str, tuple[Bound, ...]] = {
 
 LORA_BOUNDS: dict[str, tuple[Bound, ...]] = {
     "alpha_pattern": (
-        (f"above 0 and of at most {_LARGEST_ALPHA}", _each(lambda alpha: 0 < alpha <= _LARGEST_ALPHA)),
+        (f"above 0 and of at most {_LARGEST_ALPHA}", each(lambda alpha: 0 < alpha <= _LARGEST_ALPHA)),
         ("whose keys are regular expressions", _are_patterns),
     ),
     "exclude_modules": (_PATTERNS,),
@@ -196,7 +190,7 @@ LORA_BOUNDS: dict[str, tuple[Bound, ...]] = {
     "qalora_group_size": at_least(1),
     "r": at_least(1, _LARGEST_RANK),
     "rank_pattern": (
-        (f"from 1 to {_LARGEST_RANK}", _each(lambda rank: 1 <= rank <= _LARGEST_RANK)),
+        (f"from 1 to {_LARGEST_RANK}", each(lambda rank: 1 <= rank <= _LARGEST_RANK)),
         ("whose keys are regular expressions", _are_patterns),
     ),
     "target_modules": (_NAMES, _PATTERNS),
@@ -291,7 +285,7 @@ def _value_problems(
     prefix: str, key: str, value: Any, annotation: str, bounds: Mapping[str, tuple[Bound, ...]]
 ) -> list[str]:
     """``key`` is dotted below ``prefix`` where it is in a mapping."""
-    kind = _choice(key, value) or _type(NARROWER.get(key, annotation))
+    kind = kind_of(NARROWER[key]) if key in NARROWER else choice(key, value) or kind_of(annotation)
     rules = bounds.get(key, ())
     if not kind.holds(value):
         return [f"{prefix}{key} must be {_in_words(kind, rules)}, got {shown(value)}."]
@@ -316,114 +310,13 @@ def _value_problems(
     return problems
 
 
-def _in_words(kind: "_Kind", rules: tuple[Bound, ...]) -> str:
+def _in_words(kind: Kind, rules: tuple[Bound, ...]) -> str:
     return f"{kind.words} {rules[0][0]}" if rules else kind.words
 
 
 def _is_off(value: Any, setting: Setting) -> bool:
     default = setting.default
-    return _type(setting.annotation).holds(value) and (value is None or value is False or value == default)
-
-
-# Types ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A type, in words (None needs none) and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is finite, and no truth value."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and (isinstance(value, int) or math.isfinite(value))
-    )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-_PLAIN = {
-    "int": _Kind("a whole number", _is_whole),
-    "float": _Kind("a number", is_number),
-    "bool": _Kind("true or false", lambda value: isinstance(value, bool)),
-    "str": _Kind("text", lambda value: isinstance(value, str)),
-    "dict": _Kind("a mapping", lambda value: isinstance(value, dict)),
-    "list": _Kind("a list", lambda value: isinstance(value, list)),
-    "tuple": _Kind("a list", lambda value: isinstance(value, list)),
-    "Any": _Kind("any value", lambda value: True),
-}
-_MANY = {"int": "whole numbers", "str": "text", "float": "numbers", "bool": "true or false"}
-
-
-@cache
-def _type(annotation: str) -> _Kind:
-    """What an annotation allows; of a class that no YAML can write, nothing."""
-    return _of(ast.parse(annotation, mode="eval").body)
-
-
-def _of(node: ast.expr) -> _Kind:
-    if isinstance(node, ast.BinOp):
-        return _either([_of(node.left), _of(node.right)])
-    if isinstance(node, ast.Constant):
-        return _Kind("", lambda value: value is None)
-    if not isinstance(node, ast.Subscript):
-        return _PLAIN.get(ast.unparse(node), _Kind("", lambda value: False))
-    name = ast.unparse(node.value)
-    parts = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
-    if name == "Literal":
-        return _one_of([part.value for part in parts if isinstance(part, ast.Constant)])
-    if name in ("Optional", "Union"):
-        return _either([*map(_of, parts), *([_of(ast.Constant(None))] if name == "Optional" else [])])
-    inner = _of(parts[-1])
-    what = f"{_PLAIN[name].words} of {_MANY.get(ast.unparse(parts[-1]), inner.words)}"
-    if inner is _PLAIN["Any"]:
-        return _PLAIN[name]
-    return _Kind(what, lambda value: _PLAIN[name].holds(value) and _each(inner.holds)(value))
-
-
-def _either(kinds: list[_Kind]) -> _Kind:
-    words = " or ".join(dict.fromkeys(kind.words for kind in kinds if kind.words))
-    return _Kind(words, lambda value: any(kind.holds(value) for kind in kinds))
-
-
-def _one_of(values: list[Any]) -> _Kind:
-    words = "one of " + ", ".join(map(str, values))
-    return _Kind(words, lambda value: any(type(value) is type(one) and value == one for one in values))
-
-
-LISTS = frozenset({"report_to", "torch_compile_backend"})
-"""Settings of TrainingArguments whose choices are lists of other modules."""
-
-
-def _choice(key: str, value: Any) -> _Kind | None:
-    """Of a setting whose choices are not in its annotation."""
-    if key in training_choices() and key not in NARROWER:
-        choices = training_choices()[key]
-        if key != "debug":
-            return _Kind(_one_of(choices).words, lambda value: isinstance(value, str) and value in choices)
-        return _Kind(f"one or more of {', '.join(choices)}", lambda value: _are_in(_parts(value), choices))
-    if key == "torch_compile_backend" and value is not None:
-        return _one_of(compile_backends())
-    if key == "report_to" and value not in (None, "none", "all", [], ["none"], ["all"]):
-        known = report_integrations()
-        words = f"none, all, or one or more of {', '.join(known)}"
-        return _Kind(words, lambda value: _are_in([value] if isinstance(value, str) else value, known))
-    return None
-
-
-def _parts(value: Any) -> Any:
-    return value.split() if isinstance(value, str) else value
-
-
-def _are_in(value: Any, choices: list[str]) -> bool:
-    return isinstance(value, list) and all(isinstance(part, str) and part in choices for part in value)
+    return kind_of(setting.annotation).holds(value) and (value is None or value is False or value == default)
 
 
 # Settings that exclude or need each other ---------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .reading import LOSS_TERMS, GeneralCurve, HeadImportance, RunRecord, numbered_names, shorten
+from ..loss_names import long_label
+from .reading import GeneralCurve, HeadImportance, RunRecord, numbered_names, shorten
 
 DOTS_PER_INCH = 160
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -320,21 +321,20 @@ def _outline(axes: Axes, selected: np.ndarray) -> None:
 
 def draw_losses(run: RunRecord) -> Figure | None:
     """One panel a loss term over the optimizer steps of the whole sequence, tasks marked."""
-    series = {term: run.loss_series(term) for term in LOSS_TERMS}
-    present = [term for term in LOSS_TERMS if series[term]]
-    if not present:
+    series = {term: run.loss_series(term) for term in run.loss_terms()}
+    if not series:
         return None
     starts = run.task_starts()
     with report_style():
-        figure = Figure(figsize=(9.6, 1.55 * len(present) + 0.7), layout="constrained")
-        panels = figure.subplots(len(present), 1, squeeze=False, sharex=True)[:, 0]
-        for axes, term in zip(panels, present, strict=True):
-            colour = OKABE_ITO[list(LOSS_TERMS).index(term)]
+        figure = Figure(figsize=(9.6, 1.55 * len(series) + 0.7), layout="constrained")
+        panels = figure.subplots(len(series), 1, squeeze=False, sharex=True)[:, 0]
+        for place, (axes, term) in enumerate(zip(panels, series, strict=True)):
+            colour = OKABE_ITO[place % len(OKABE_ITO)]
             for steps, values in series[term].values():
                 _draw_loss(axes, steps, values, colour)
             _scale_loss(axes, np.concatenate([values for _, values in series[term].values()]))
             scale = " (log)" if axes.get_yscale() == "log" else ""
-            axes.set_ylabel(LOSS_TERMS[term] + scale)
+            axes.set_ylabel(long_label(term) + scale)
             for start in sorted({*starts} - {0, starts[-1]}):
                 axes.axvline(start, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
         _name_task_spans(panels[0], run, starts)

@@ -7,7 +7,6 @@ file of the run goes through jinja2's autoescape.
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..errors import RunError, printable
+from ..files.atomic import write_bytes
 from ..files.paths import given_path
+from ..loss_names import long_label
 from . import figures
-from .reading import LOSS_TERMS, HeadImportance, RunRecord, TaskMemory, read_predictions, read_run
+from .reading import HeadImportance, RunRecord, TaskMemory, read_predictions, read_run
 
 OP_FORMULA = "OP = mean of the last column, a[i,K] over i"
 BWT_FORMULA = "BWT = 1/(K−1) · Σ over i<K of (a[i,K] − a[i,i])"
@@ -170,11 +171,10 @@ def _general_words(run: RunRecord) -> str:
 
 def _loss_words(run: RunRecord) -> str:
     words = []
-    for term, label in LOSS_TERMS.items():
+    for term in run.loss_terms():
         series = run.loss_series(term)
-        if series:
-            last = max(series)
-            words.append(f"{label} ends at {series[last][1][-1]:.3g} in task {last + 1}")
+        last = max(series)
+        words.append(f"{long_label(term)} ends at {series[last][1][-1]:.3g} in task {last + 1}")
     return "Loss terms over optimizer steps: " + "; ".join(words) + "."
 
 
@@ -343,15 +343,9 @@ def write_figures(folder: Path, pictures: dict[str, Picture], names: list[str]) 
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    # One name for all: what a kill leaves is replaced by the next page, as with every other file of a run.
-    temporary = path.with_name(f".{path.name}.partial")
+    """Write a file of a page, and its folder; RunError where that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_bytes(path, content)
     except OSError as error:
         raise RunError(f"cannot write {path} ({error}): give another place for it") from error
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)

@@ -20,15 +20,7 @@ from ..errors import RunError, printable
 from ..files.manifest import StoredFiles
 from ..files.paths import given_path
 from ..files.yaml_text import YamlTextError, read_yaml
-
-LOSS_TERMS = {
-    "loss": "task loss",
-    "replay_loss": "replay loss",
-    "logits_loss": "logits KL",
-    "attention_loss": "attention KL",
-    "penalty_loss": "penalty",
-}
-
+from ..loss_names import logged_terms
 
 _READ = (
     "state.json",
@@ -162,6 +154,12 @@ class RunRecord:
             return None
         change = self.scores[: count - 1, count - 1] - np.diag(self.scores)[: count - 1]
         return float(change.mean()) if np.isfinite(change).all() else None
+
+    def loss_terms(self) -> list[str]:
+        """The logged terms of the loss that have a number, the new task's first."""
+        return logged_terms(
+            key for line in self.metrics for key, value in line.items() if isinstance(value, int | float)
+        )
 
     def loss_series(self, term: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Task index -> (optimizer steps over the whole sequence, values) of one loss term."""

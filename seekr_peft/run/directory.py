@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from ..errors import ConfigError, RunError, RunInUseError, shown
 from ..files.atomic import partial_path, remove_folder, write_text
 from ..files.manifest import MANIFEST_FILE, METHOD_FILE, Ledger, StoredFiles, read_manifest
-from ..methods.base import delete_unfinished, read_method_state
-from ..recipe.schema import Recipe, recipe_text, stored_recipe
+from ..methods.directory import delete_unfinished, read_method_state
+from ..recipe import Recipe, recipe_text, stored_recipe
 from ..training.checkpoint import checkpoints_in
 
 RECIPE_FILE, STATE_FILE, METRICS_FILE, ENVIRONMENT_FILE = (

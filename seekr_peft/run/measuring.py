@@ -10,7 +10,7 @@ from typing import Any
 
 from ..evaluation import AccuracyMatrix, evaluate_task
 from ..evaluation.general import GeneralTest
-from ..recipe.schema import Recipe, general_tests
+from ..recipe import Recipe, general_tests
 from ..tasks import Task
 from ..training.trainer import forget_preparation
 from .directory import GENERAL_FILE, PREDICTIONS, RunDirectory

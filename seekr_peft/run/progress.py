@@ -11,15 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback
 
 from ..errors import printable
+from ..loss_names import logged_terms, short_label
 
-_TERMS = {
-    "loss": "new",
-    "replay_loss": "replay",
-    "logits_loss": "logits",
-    "attention_loss": "attention",
-    "penalty_loss": "penalty",
-}
-_LOGGED = (*_TERMS, "learning_rate", "grad_norm", "epoch")
+_LOGGED = ("learning_rate", "grad_norm", "epoch")
+"""What is kept of a Trainer's log beside the terms of the loss."""
 
 
 class RunProgress:
@@ -95,7 +90,7 @@ class StepReporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        values = {name: float(logs[name]) for name in _LOGGED if name in logs}
+        values = {name: float(logs[name]) for name in (*logged_terms(logs), *_LOGGED) if name in logs}
         # A log without a replay step in it keeps the terms of the one before.
         self.last = {**self.last, **values}
         record = {"task": self._task, "task_index": self._task_index, "step": state.global_step, **values}
@@ -111,4 +106,4 @@ class StepReporter(TrainerCallback):
 
 def describe_terms(values: dict[str, float]) -> str:
     """The loss terms that are there, apart: ``new 0.123  replay 0.045 ...``."""
-    return "  ".join(f"{label} {values[name]:.3f}" for name, label in _TERMS.items() if name in values)
+    return "  ".join(f"{short_label(name)} {values[name]:.3f}" for name in logged_terms(values))

@@ -20,7 +20,7 @@ from ..errors import RunError
 from ..files.manifest import StoredFiles, read_manifest
 from ..methods import ContinualMethod
 from ..model.kind import base_fingerprint
-from ..recipe.schema import Recipe
+from ..recipe import Recipe
 from ..tasks import Task
 from .directory import ENVIRONMENT_FILE, METRICS_FILE, STATE_FILE, TASKS_FILE, RunDirectory, recipe_fingerprint
 from .stages import Stage

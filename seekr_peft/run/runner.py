@@ -27,8 +27,8 @@ from ..files.manifest import Ledger
 from ..methods import ContinualMethod, get_method
 from ..model.devices import check_one_device
 from ..model.facts import ModelFacts
+from ..recipe import Recipe, load_recipe
 from ..recipe.base_model import load_model
-from ..recipe.schema import Recipe, load_recipe
 from ..report import read_run, write_report
 from ..tasks import Task
 from ..terminal import TerminalConsole

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, RunError
-from ..recipe.schema import DEMO, Recipe
+from ..recipe import DEMO, Recipe
 from ..tasks import Task, read_tasks
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, cut
-from ..recipe.schema import Recipe
+from ..recipe import Recipe
 from ..tasks import Task
 from .stages import joined
 

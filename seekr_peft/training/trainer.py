@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import AdapterError, ConfigError, DataError, DivergenceError
+from ..loss_names import PENALTY, logged_name
 from ..methods import ContinualMethod
 from ..methods.divergence import Moment
 from ..model.devices import check_one_gpu, check_one_process
@@ -53,7 +54,8 @@ class ContinualTrainerMixin(CheckpointMixin):
     whatever the Trainer does with ``num_items_in_batch``. Its forward and backward run inside the method's block,
     apart from the new task's graph: the peak memory is the larger of the two, and activation checkpointing works.
 
-    Every loss term is logged apart: ``loss`` (the new task), ``replay_loss``, ``logits_loss``, ``attention_loss``.
+    Every loss term is logged apart: ``loss`` (the new task), and ``NAME_loss`` of each that the method has, such as
+    ``replay_loss``, ``logits_loss`` and ``attention_loss``.
 
     ``save_strategy`` keeps checkpoints inside a task, ``output_dir/checkpoint-STEP``, as safetensors and JSON: the
     task's own adapter, optimizer, scheduler, random numbers and the place in the replay stream. Inside ``method.task``
@@ -91,7 +93,7 @@ class ContinualTrainerMixin(CheckpointMixin):
         self._input_names = method.facts.input_names
         self._skipped_steps = 0
         self._last_loss: Tensor | float = 0.0
-        self._separate = method.config.replay_step == "separate"
+        self._separate = method.replays_separately
         self._term_sums: dict[str, Tensor] = {}
         self._term_counts: dict[str, int] = {}
         self._epoch_began: dict[str, Any] = {}
@@ -206,7 +208,7 @@ class ContinualTrainerMixin(CheckpointMixin):
             accelerator = self.accelerator  # type: ignore[attr-defined]
             accelerator.backward(penalty * accelerator.gradient_accumulation_steps)
             self._moment().check_finite("penalty", penalty)
-            self._count({"penalty_loss": penalty.detach()})
+            self._count({logged_name(PENALTY): penalty.detach()})
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # transformers 5.23: the only place that has the norm before clipping, at every optimiser step.

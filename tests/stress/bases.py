@@ -23,8 +23,8 @@ import torch
 
 from seekr_peft.demo import BASE_PATH
 from seekr_peft.errors import SeekrError, printable
+from seekr_peft.recipe import load_recipe
 from seekr_peft.recipe.base_model import load_model
-from seekr_peft.recipe.schema import load_recipe
 
 OUTCOMES = ("refused", "accepted", "traceback")
 LONGEST = 1500

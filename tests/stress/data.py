@@ -23,7 +23,7 @@ from typing import Any
 
 from seekr_peft.errors import SeekrError
 from seekr_peft.evaluation.general import read_questions
-from seekr_peft.recipe.schema import general_tests, load_recipe
+from seekr_peft.recipe import general_tests, load_recipe
 from seekr_peft.run.task_data import constant_answer_score, load_tasks
 
 FORMATS = ("jsonl", "csv", "tsv", "parquet", "trace", "superni", "long_sequence", "mixed", "general")

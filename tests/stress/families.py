@@ -138,8 +138,8 @@ def _leaves(what: str, path: Path) -> bool:
 def restored(run: Path) -> None:
     """``from_pretrained`` over a fresh model; prints a checksum of the adapters."""
     from seekr_peft.methods import get_method
+    from seekr_peft.recipe import load_recipe
     from seekr_peft.recipe.base_model import load_model
-    from seekr_peft.recipe.schema import load_recipe
 
     recipe = load_recipe(run.parent / "recipe.yaml")
     method = get_method(recipe.method_name).from_pretrained(load_model(recipe)[0], run)

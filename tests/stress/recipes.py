@@ -13,16 +13,17 @@ from typing import Any
 
 import yaml
 
-from seekr_peft.config import SeekrConfig
 from seekr_peft.demo.run import demo_recipe
 from seekr_peft.errors import ConfigError
+from seekr_peft.methods.registry import OWN_CONFIGS
+from seekr_peft.recipe import Recipe, load_recipe
 from seekr_peft.recipe.library_fields import lora_settings, training_choices, training_settings
-from seekr_peft.recipe.schema import Recipe, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LONGEST_PROBLEM = 3000
 """Characters of a sentence: 200 of a value, and the names of all the settings that there are."""
 
+_METHOD_KEYS = list(dict.fromkeys(key for kind in OWN_CONFIGS.values() for key in kind.setting_names()))
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -165,7 +166,7 @@ def _any_setting(random_: random.Random, mapping: Mapping) -> None:
             ("training", list(training_settings())),
             ("training", list(training_settings())),
             ("adapter", list(lora_settings())),
-            ("method", list(SeekrConfig().to_dict())),
+            ("method", _METHOD_KEYS),
         )
     )
     target = mapping.setdefault(section, {})

@@ -49,3 +49,17 @@ def two_adapters() -> Any:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     model.base_model.set_adapter(["default", "second"])
     return model
+
+
+def adapter_change(model: Any, names: list[str]) -> dict[str, Tensor]:
+    """Sum over adapters of scaling * B A, dense, float64, by module."""
+    changes = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            present = [name for name in names if name in module.lora_A]
+            parts = [
+                module.scaling[name] * module.lora_B[name].weight.double() @ module.lora_A[name].weight.double()
+                for name in present
+            ]
+            changes[path] = torch.stack(parts).sum(dim=0).detach()
+    return changes
