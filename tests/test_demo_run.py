@@ -18,6 +18,11 @@ from seekr_peft.evaluation import AccuracyMatrix
 from seekr_peft.recipe import load_recipe
 
 
+def run_of(folder: Path, method: str) -> Path:
+    """The directory of a method's run."""
+    return folder / "runs" / method / "order1-seed0"
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of a demo of a few steps, and what it printed; tests only read it."""
@@ -35,12 +40,13 @@ def test_the_three_methods_take_the_same_steps_on_the_same_recipe(demo: tuple[Pa
     folder, _ = demo
     steps, recipes = [], []
     for method in METHODS:
-        lines = read_lines(folder / method / "metrics.jsonl")
+        run = run_of(folder, method)
+        lines = read_lines(run / "metrics.jsonl")
         steps.append([(line["task"], line["step"]) for line in lines])
-        recipes.append(yaml.safe_load((folder / method / "recipe.yaml").read_text(encoding="utf-8")))
+        recipes.append(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
         assert recipes[-1]["method"].pop("name") == method
-        assert recipes[-1].pop("output_dir") == str(folder / method)
-        assert read_json(folder / method / "state.json")["status"] == "finished"
+        assert recipes[-1].pop("output_dir") == str(run)
+        assert read_json(run / "state.json")["status"] == "finished"
     assert steps[0] == steps[1] == steps[2] == [(name, step) for name in TASKS for step in (4, 6)]
     assert recipes[0] == recipes[1] == recipes[2]
 
@@ -48,7 +54,9 @@ def test_the_three_methods_take_the_same_steps_on_the_same_recipe(demo: tuple[Pa
 @pytest.mark.slow
 def test_the_first_task_is_the_same_whatever_the_method(demo: tuple[Path, str]) -> None:
     folder, _ = demo
-    adapters = [(folder / m / "tasks/01-first/adapter/adapter_model.safetensors").read_bytes() for m in METHODS]
+    adapters = [
+        (run_of(folder, method) / "tasks/01-first/adapter/adapter_model.safetensors").read_bytes() for method in METHODS
+    ]
     assert adapters[0] == adapters[1] == adapters[2]
 
 
@@ -61,7 +69,7 @@ def test_the_page_and_the_table_show_the_three_methods(demo: tuple[Path, str]) -
     assert all(method in text for method in METHODS)
     assert str(pages[0]) in printed
     for method in METHODS:
-        matrix = read_json(folder / method / "accuracy_matrix.json")
+        matrix = read_json(run_of(folder, method) / "accuracy_matrix.json")
         line = next(line for line in printed.splitlines() if line.startswith("│") and f" {method} " in line)
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         expected = [f"{100 * row[-1]:.1f}" for row in matrix["scores"]]
@@ -73,7 +81,7 @@ def test_the_page_and_the_table_show_the_three_methods(demo: tuple[Path, str]) -
 def test_the_demo_itself_learns_every_task_and_seekr_keeps_them(tmp_path: Path) -> None:
     """The recipe that users get; the README has figures over several seeds, one seed is noisy: hence the slack."""
     run_demo(tmp_path / "demo", Console(file=io.StringIO(), width=160))
-    matrices = {method: AccuracyMatrix.load(tmp_path / "demo" / method) for method in METHODS}
+    matrices = {method: AccuracyMatrix.load(run_of(tmp_path / "demo", method)) for method in METHODS}
     for method, matrix in matrices.items():
         learnt = {name: matrix.score(after=name, on=name) for name in matrix.task_names}
         assert min(score or 0 for score in learnt.values()) >= 0.95, (method, learnt)
@@ -97,7 +105,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         recipes.append(recipe)
         raise Stopped
 
-    monkeypatch.setattr(demo_module, "run_recipe", stop)
+    monkeypatch.setattr(demo_module, "compare", stop)
     return recipes
 
 
@@ -108,7 +116,7 @@ def test_an_earlier_demo_is_replaced(tmp_path: Path, nothing_runs: list[dict[str
             run_demo(folder, Console(file=io.StringIO()))
         assert not (folder / "old").exists()
         (folder / "old").mkdir()
-    assert [recipe["output_dir"] for recipe in nothing_runs] == [str(folder / "sequential")] * 2
+    assert [recipe["output_dir"] for recipe in nothing_runs] == [str(folder)] * 2
 
 
 def test_a_foreign_folder_or_file_is_refused_and_left_alone(tmp_path: Path, nothing_runs: list[dict[str, Any]]) -> None:

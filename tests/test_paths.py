@@ -20,7 +20,7 @@ from seekr_peft.errors import ConfigError, RunError, SeekrError
 from seekr_peft.files.paths import given_path, path_problem
 from seekr_peft.methods import get_method
 from seekr_peft.recipe import load_recipe
-from seekr_peft.report import write_comparison, write_report
+from seekr_peft.report import write_report
 from seekr_peft.run.export import export_adapter
 from seekr_peft.run.repair import repair, verify
 
@@ -90,8 +90,6 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "load_recipe": lambda path, run: load_recipe(path),
     "write_report": lambda path, run: write_report(path),
     "write_report, out": lambda path, run: write_report(run, path),
-    "write_comparison": lambda path, run: write_comparison({"a": path}, run.parent),
-    "write_comparison, out": lambda path, run: write_comparison({"a": run}, path),
     "load_comparison": lambda path, run: load_comparison(path),
     "export_adapter": lambda path, run: export_adapter(path, run.parent / "out"),
     "export_adapter, out": lambda path, run: export_adapter(run, path),

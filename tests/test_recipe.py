@@ -178,9 +178,10 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
         ({"tasks": {}}, "tasks.format is missing; add it to the recipe."),
         (
             {"tasks": {"format": "demo", "order": ["first", "lst"]}},
-            "tasks.order: lst is an unknown key; did you mean last?",
+            "tasks: The task 'lst' is not among those of the format 'demo', which has first, last, third, second "
+            "(did you mean 'last'?).",
         ),
-        ({"tasks": {"format": "demo", "order": ["last", "last"]}}, "tasks.order names 'last' more than once."),
+        ({"tasks": {"format": "demo", "order": ["last", "last"]}}, "tasks: The task 'last' is 2 times in the order."),
         ({"tasks": {"format": "demo", "order": "first"}}, "tasks.order must be a list or null, got 'first'."),
         (
             {"tasks": {"format": "demo", "epochs": [1, 2]}},
@@ -189,7 +190,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(section: str | None,
         ({"tasks": {"format": "jsonl"}}, "tasks.path is missing; format 'jsonl' needs the folder of the tasks."),
         (
             {"tasks": {"format": "demo", "path": "data"}},
-            "tasks.path: data would not be read, as the tasks of the format 'demo' come with the package; "
+            "tasks: The path 'data' would not be read, as the tasks of the format 'demo' come with the package; "
             "leave it out, or give the format of your own tasks: jsonl, csv, parquet, trace, superni, long_sequence, "
             "mixed.",
         ),

@@ -18,7 +18,7 @@ from support.page_reader import PageReader
 from support.run_directory_fixture import build_run, operating_point, write_json
 
 from seekr_peft.errors import RunError
-from seekr_peft.report import figures, page, read_run, render_inspection, write_comparison, write_report
+from seekr_peft.report import figures, page, read_run, render_inspection, write_report
 
 ATTACK = "<script>alert('x')</script>"
 FOUR = ["C-STANCE", "FOMC", "MeetingBank", "Py150"]
@@ -480,68 +480,15 @@ def test_byte_text(count: float, text: str) -> None:
     assert figures.byte_text(count) == text
 
 
-# ---- the comparison
+# ---- several runs in one figure
 
 
-@pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("comparison")
-    falls = {"sequential": 0.3, "replay": 0.12, "seekr": 0.05}
-    runs = {
-        method: build_run(folder / method, method=method, loss_per_task=fall, steps=12)
-        for method, fall in falls.items()
-    }
-    return write_comparison(runs, folder / "out", title="Three <methods>")
-
-
-def test_comparison_lists_every_run_with_its_scores(comparison: Path) -> None:
-    text = PageReader(comparison).text
-    for method in ("sequential", "replay", "seekr"):
-        run = read_run(comparison.parents[1] / method)
-        assert run.op is not None
-        assert run.bwt is not None
-        row = f"{method} {100 * run.op:.2f} −{-100 * run.bwt:.2f} 2 min 17 s 3 of 3"
-        assert row in text
-
-
-def test_comparison_title_is_escaped(comparison: Path) -> None:
-    assert "<h1>Three &lt;methods&gt;</h1>" in comparison.read_text()
-
-
-def test_comparison_ids_are_unique(comparison: Path) -> None:
-    ids = [attributes["id"] for _, attributes in PageReader(comparison).tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-
-
-def test_comparison_links_lead_to_the_runs(comparison: Path) -> None:
-    reader = PageReader(comparison)
-    ids = {attributes.get("id") for _, attributes in reader.tags}
-    targets = reader.attributes("a", "href")
-    assert len(targets) == 3
-    assert {(target or "").removeprefix("#") for target in targets} <= ids
-
-
-def test_comparison_writes_its_two_figures(comparison: Path) -> None:
-    names = {path.name for path in (comparison.parent / "figures").iterdir()}
-    assert names == {"comparison_matrices.png", "comparison_retention.png"}
-
-
-def test_comparison_colours_share_one_scale(comparison: Path) -> None:
-    runs = {name: read_run(comparison.parents[1] / name) for name in ("sequential", "seekr")}
+def test_the_matrices_of_several_runs_share_one_scale(tmp_path: Path) -> None:
+    falls = {"sequential": 0.3, "seekr": 0.05}
+    runs = {name: read_run(build_run(tmp_path / name, loss_per_task=fall, steps=3)) for name, fall in falls.items()}
     figure = figures.draw_matrices(runs)
     images = [image for axes in figure.axes for image in axes.get_images()]
     assert [image.get_clim() for image in images] == [(0, 100), (0, 100)]
-
-
-def test_comparison_of_other_tasks_is_refused(tmp_path: Path) -> None:
-    runs = {name: build_run(tmp_path / name, ["a", name], steps=3) for name in ("b", "c")}
-    with pytest.raises(RunError, match="compare runs of the same tasks in one order"):
-        write_comparison(runs, tmp_path)
-
-
-def test_comparison_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="at least one run directory"):
-        write_comparison({}, tmp_path)
 
 
 def test_nine_runs_have_different_lines(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from support.runs import (
 from support.small_run import TASKS, read_json, read_lines, small_recipe
 
 import seekr_peft.run.runner as run_module
-from seekr_peft import SeekrConfig, run_recipe
+from seekr_peft import run_recipe
 from seekr_peft.demo import BASE_PATH
+from seekr_peft.methods.registry import OWN_CONFIGS
 from seekr_peft.model.kind import base_fingerprint
 from seekr_peft.recipe import load_recipe
 from seekr_peft.recipe.base_model import load_model
@@ -75,7 +76,7 @@ def test_the_recipe_is_stored_resolved(finished: Path) -> None:
     stored = yaml.safe_load((finished / "recipe.yaml").read_text(encoding="utf-8"))
     assert stored["tasks"]["max_length"] == 512
     given = small_recipe(finished)
-    defaults = SeekrConfig().to_dict()
+    defaults = {key: value for kind in OWN_CONFIGS.values() for key, value in kind().to_dict().items()}
     assert set(stored["method"]) == {"name", *defaults} - {"seed"}, "the seed is the recipe's"
     assert stored["method"] == {key: given["method"].get(key, defaults.get(key)) for key in stored["method"]}
     assert stored["adapter"] == {

@@ -488,7 +488,7 @@ def test_good_tasks_have_no_problems(tmp_path):
 
 def test_an_unknown_format_gets_a_suggestion(tmp_path):
     (problem,) = find_task_problems("Trace", tmp_path)
-    assert problem.endswith("jsonl, csv, parquet, trace, superni, long_sequence, mixed (did you mean 'trace'?).")
+    assert problem.endswith("jsonl, csv, parquet, trace, superni, long_sequence, mixed, demo (did you mean 'trace'?).")
 
 
 def test_a_path_that_is_not_there_names_the_nearest_folder(tmp_path):

@@ -30,6 +30,7 @@ from ..report.page import (
 from ..report.reading import RunRecord, shorten
 from . import figures as drawing
 from .reading import Comparison, Difference, SingleRun, Spread, Variant, layer_shares, load_comparison, mean_record
+from .results import PAGE_FILE
 
 GAP_FORMULA = "gap closed = (OP − OP[baseline]) / (OP[multitask] − OP[baseline])"
 SHOWN = 8
@@ -69,8 +70,8 @@ def write_comparison_page(out_directory: str | Path) -> Path:
         runs=[_run_row(variant, run) for variant in comparison.variants for run in variant.runs],
     )
     write_figures(folder / "figures", pictures, list({*FIGURE_NAMES, *earlier, *pictures}))
-    replace_file(folder / "comparison.html", html.encode("utf-8", errors="replace"))
-    return folder / "comparison.html"
+    replace_file(folder / PAGE_FILE, html.encode("utf-8", errors="replace"))
+    return folder / PAGE_FILE
 
 
 def _row(variant: Variant, comparison: Comparison) -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 JSON_FILE, TABLE_FILE, CSV_FILE, RUNS_FILE = "comparison.json", "comparison.md", "comparison.csv", "runs.csv"
+PAGE_FILE = "comparison.html"
 GAP_FORMULA = "gap closed = (OP - OP[baseline]) / (OP[multitask] - OP[baseline])"
 SMALLEST_GAP = 0.01
 """Of OP: below a point there is no gap to speak of."""

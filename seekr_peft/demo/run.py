@@ -11,15 +11,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..compare import FinishedRun, Variant, check_comparable
+from ..compare import compare
+from ..compare.results import PAGE_FILE
 from ..errors import RunError
+from ..evaluation import AccuracyMatrix
 from ..files.paths import given_path
-from ..report import write_comparison
-from ..run.runner import RunResult, run_recipe
 from ..terminal import TerminalConsole
 from ..training.stopping import RunStopped, listening
 
 METHODS = ("sequential", "replay", "seekr")
+TITLE = "Four tasks that contradict each other: what is kept"
 MARKER = ".seekr-peft-demo"
 
 
@@ -68,31 +69,16 @@ def _run_demo(directory: Path, console: Console) -> Path:
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        results = _run_methods(directory, console)
+        recipe = {**demo_recipe(), "output_dir": str(directory), "compare": {"title": TITLE}}
+        comparison = compare(recipe, methods=METHODS, seeds=[0], orders=1, show="runs", console=console)
     finally:
         torch.set_num_threads(n_threads)
-    check_comparable([FinishedRun(Variant(method, {}), 1, 0, result.directory) for method, result in results.items()])
-    page = write_comparison(
-        {method: result.directory for method, result in results.items()},
-        directory,
-        title="Four tasks that contradict each other: what is kept",
-    )
+    page = directory / PAGE_FILE
     console.rule(align="left")
-    console.print(_table(results))
+    console.print(_table({run.variant: AccuracyMatrix.load(directory / run.directory) for run in comparison.runs}))
     seconds = time.monotonic() - started
     console.print(f"measured in {seconds:.0f} s on this machine; the page: {page}", markup=False, soft_wrap=True)
     return page
-
-
-def _run_methods(directory: Path, console: Console) -> dict[str, RunResult]:
-    results: dict[str, RunResult] = {}
-    for method in METHODS:
-        console.rule(f"[bold]{method}", align="left")
-        recipe = demo_recipe()
-        recipe["method"] = {**recipe["method"], "name": method}
-        recipe["output_dir"] = str(directory / method)
-        results[method] = run_recipe(recipe, console=console)
-    return results
 
 
 def _prepare(directory: Path) -> None:
@@ -107,15 +93,14 @@ def _prepare(directory: Path) -> None:
     (directory / MARKER).touch()
 
 
-def _table(results: dict[str, RunResult]) -> Table:
+def _table(matrices: dict[str, AccuracyMatrix]) -> Table:
     table = Table(title="after the last task, exact match in %", title_justify="left")
     table.add_column("method")
-    last = next(iter(results.values())).matrix.task_names[-1]
-    names = next(iter(results.values())).matrix.task_names
+    names = next(iter(matrices.values())).task_names
     for heading in (*names, "OP", "BWT"):
         table.add_column(heading, justify="right")
-    for method, result in results.items():
-        scores = [result.matrix.score(after=last, on=name) or 0.0 for name in names]
-        figures = [f"{100 * score:.1f}" for score in (*scores, result.matrix.op())]
-        table.add_row(method, *figures, f"{100 * result.matrix.bwt():+.1f}")
+    for method, matrix in matrices.items():
+        scores = [matrix.score(after=names[-1], on=name) or 0.0 for name in names]
+        figures = [f"{100 * score:.1f}" for score in (*scores, matrix.op())]
+        table.add_row(method, *figures, f"{100 * matrix.bwt():+.1f}")
     return table

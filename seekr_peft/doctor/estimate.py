@@ -16,7 +16,7 @@ from ..attention.models import check_capture
 from ..config import SeekrConfig
 from ..memory import ReplaySample, choose_queries, estimate_bytes, replay_count
 from ..methods import ContinualMethod, get_method
-from ..recipe import DEMO, Recipe, task_order
+from ..recipe import Recipe, task_order
 from ..recipe.base_config import read_config
 from ..tasks import read_tasks
 from ..tasks.tokenize import IGNORED_LABEL
@@ -92,11 +92,7 @@ def estimate_footprint(recipe: Recipe, n_train: int | None = None, answer_tokens
         DataError: The samples had to be counted and a file is broken.
     """
     if n_train is None:
-        # The demo's own default.
-        n_train = recipe.tasks.max_train or (600 if recipe.tasks.format == DEMO else None)
-    if n_train is None:
-        tasks = read_tasks(recipe.tasks.format, str(recipe.tasks.path), recipe.tasks.order, max_test=1)
-        n_train = max(len(task.train) for task in tasks)
+        n_train = recipe.tasks.max_train or _largest_task(recipe)
     config = read_config(recipe.model)
     # No prompt is longer than the model's own positions.
     length = min(recipe.tasks.max_length, getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9)
@@ -172,6 +168,12 @@ def _sample(length: int, answers: int, method: SeekrConfig) -> ReplaySample:
     labels[-answers:] = 1
     queries = choose_queries(labels, method.query_budget, method.seed, method.query_choice)
     return ReplaySample(torch.ones(length, dtype=torch.long), labels, queries)
+
+
+def _largest_task(recipe: Recipe) -> int:
+    """Training samples of the task that has most."""
+    tasks = read_tasks(recipe.tasks.format, recipe.tasks.path, recipe.tasks.order, max_test=1)
+    return max(len(task.train) for task in tasks)
 
 
 def _sample_bytes(model: Any, method: SeekrConfig, sample: ReplaySample, n_heads: int, logit_top_k: int) -> int:

@@ -20,7 +20,7 @@ from ..files.paths import path_problem, reason
 from ..methods import find_config_class, get_method, other_configs
 from ..methods.registry import ADAPTER_MODES, OWN_METHODS, method_names
 from ..model.plain_lora import why_refused
-from ..validation import unknown_key, unknown_keys
+from ..validation import unknown_keys
 from .library_fields import lora_settings, training_settings
 from .scheduler import scheduler_problems
 from .schema import DEMO, AdapterSection, Names
@@ -158,9 +158,8 @@ def _task_problems(mapping: dict[str, Any]) -> list[str]:
     tasks = mapping["tasks"]
     if not _are_tasks_named(tasks):
         return []
-    if tasks["format"] == DEMO:
-        return _demo_order_problems(tasks.get("order") or []) + _demo_path_problems(mapping)
-    return _task_folder_problems(tasks)
+    # The general tests are looked for in the tasks' folder, too.
+    return _task_folder_problems(tasks, bool(mapping.get("evaluation", {}).get("general")))
 
 
 def _are_tasks_named(tasks: dict[str, Any]) -> bool:
@@ -169,38 +168,15 @@ def _are_tasks_named(tasks: dict[str, Any]) -> bool:
     return _are_names([tasks["format"]]) and (order is None or _are_names(order))
 
 
-def _demo_order_problems(order: list[str]) -> list[str]:
-    from ..tasks.demo_words import TASK_NAMES
+def _task_folder_problems(tasks: dict[str, Any], path_is_of_others: bool) -> list[str]:
+    from ..tasks import FORMATS, MIXED, PACKAGED, find_task_problems
 
-    unknown = [name for name in order if name not in TASK_NAMES]
-    twice = {name for name in order if order.count(name) > 1}
-    return [
-        *(f"tasks.order: {unknown_key(name, list(TASK_NAMES))}" for name in unknown),
-        *(f"tasks.order names {shown(name)} more than once." for name in sorted(twice)),
-    ]
-
-
-def _demo_path_problems(mapping: dict[str, Any]) -> list[str]:
-    from ..tasks import FORMATS, MIXED
-
-    path = mapping["tasks"].get("path")
-    # The general tests are looked for there, too.
-    if not path or mapping.get("evaluation", {}).get("general"):
-        return []
-    return [
-        f"tasks.path: {cut(str(path))} would not be read, as the tasks of the format {DEMO!r} come with the package; "
-        f"leave it out, or give the format of your own tasks: {', '.join((*FORMATS, MIXED))}."
-    ]
-
-
-def _task_folder_problems(tasks: dict[str, Any]) -> list[str]:
-    from ..tasks import FORMATS, MIXED, find_task_problems
-
-    if tasks["format"] in (*FORMATS, MIXED) and not tasks.get("path"):
-        return [f"tasks.path is missing; format {shown(tasks['format'])} needs the folder of the tasks."]
     path = str(tasks.get("path") or "")
-    found = find_task_problems(tasks["format"], path, tasks.get("order"))
-    return [f"tasks: {problem.replace(path, cut(path))}" for problem in found]
+    if tasks["format"] in (*FORMATS, MIXED) and not path:
+        return [f"tasks.path is missing; format {shown(tasks['format'])} needs the folder of the tasks."]
+    looked_at = "" if tasks["format"] in PACKAGED and path_is_of_others else path
+    found = find_task_problems(tasks["format"], looked_at, tasks.get("order"))
+    return [f"tasks: {problem.replace(path, cut(path)) if path else problem}" for problem in found]
 
 
 def _epoch_problems(mapping: dict[str, Any]) -> list[str]:
@@ -209,10 +185,10 @@ def _epoch_problems(mapping: dict[str, Any]) -> list[str]:
     if not _are_tasks_named(tasks):
         return []
     order, epochs = tasks.get("order"), tasks.get("epochs")
-    if tasks["format"] == DEMO and not order:
-        from ..tasks.demo_words import TASK_NAMES
+    if not order:
+        from ..tasks import PACKAGED
 
-        order = list(TASK_NAMES)
+        order = list(PACKAGED[tasks["format"]].names) if tasks["format"] in PACKAGED else None
     if epochs is None or order is None or len(epochs) == len(order):
         return []
     return [f"tasks.epochs has {len(epochs)} numbers for {len(order)} tasks; give one for each."]

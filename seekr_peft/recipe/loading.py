@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..files.paths import given_path, path_problem
 from .checks import CHECKS, CHECKS_OF_VALUES, Check, paths_in, run_checks
 from .file import plain_mapping, read_mapping
-from .schema import DEMO, AdapterSection, Recipe
+from .schema import AdapterSection, Recipe
 
 if TYPE_CHECKING:
     from ..evaluation.general import GeneralTest
@@ -54,10 +54,6 @@ def task_order(recipe: Recipe) -> list[str]:
     """The names of the recipe's tasks, in order of training; reads file names only."""
     if recipe.tasks.order:
         return recipe.tasks.order
-    if recipe.tasks.format == DEMO:
-        from ..tasks.demo_words import TASK_NAMES
-
-        return list(TASK_NAMES)
     from ..tasks import task_names
 
     return list(task_names(recipe.tasks.format, Path(str(recipe.tasks.path))))

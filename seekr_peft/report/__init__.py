@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .inspect import render_inspection
-    from .page import write_comparison, write_report
+    from .page import write_report
     from .reading import RunRecord, read_run
 
-__all__ = ["RunRecord", "read_run", "render_inspection", "write_comparison", "write_report"]
+__all__ = ["RunRecord", "read_run", "render_inspection", "write_report"]
 
 _HOME = {
     "RunRecord": "reading",
     "read_run": "reading",
     "render_inspection": "inspect",
-    "write_comparison": "page",
     "write_report": "page",
 }
 

@@ -1,4 +1,4 @@
-"""Writes report.html for one run, and one page that shows several runs side by side.
+"""Writes report.html of one run, and what its page shares with that of a comparison.
 
 A page is one file: inline CSS, figures as base64 PNG, no script. Every string that comes from a
 file of the run goes through jinja2's autoescape.
@@ -59,62 +59,11 @@ def write_report(run_directory: str | Path, out: str | Path | None = None) -> Pa
     html = render(
         "report.html.j2",
         title=f"{run.method}: {len(run.tasks)} task{'s' * (len(run.tasks) > 1)}",
-        runs=[run_view("run", run, pictures)],
-        comparison=None,
+        view=run_view(run, pictures),
     )
     write_figures(path.parent / "figures", pictures, list(FIGURE_NAMES))
     replace_file(path, html.encode("utf-8", errors="replace"))
     return path
-
-
-def write_comparison(runs: dict[str, Path], out_directory: str | Path, title: str = "Methods side by side") -> Path:
-    """Write OUT/comparison.html, which shows several runs of the same tasks side by side.
-
-    ``runs`` maps the label of each run, usually its method, to its run directory; the order is kept.
-    The two figures that hold all the runs are also written to OUT/figures. Raises RunError when the
-    runs have other tasks or another order.
-    """
-    records = {str(label): read_run(directory) for label, directory in runs.items()}
-    _refuse_different_tasks(records)
-    folder = given_path(out_directory, "the folder of the page")
-    shared = _shared_pictures(records)
-    views = [
-        run_view(f"run{number}", run, run_pictures(run), label)
-        for number, (label, run) in enumerate(records.items(), 1)
-    ]
-    html = render("report.html.j2", title=title, runs=views, comparison={"pictures": shared})
-    write_figures(folder / "figures", shared, list(shared))
-    replace_file(folder / "comparison.html", html.encode("utf-8", errors="replace"))
-    return folder / "comparison.html"
-
-
-def _refuse_different_tasks(records: dict[str, RunRecord]) -> None:
-    if not records:
-        raise RunError("a comparison needs at least one run directory, none was given")
-    first_label, first = next(iter(records.items()))
-    for label, run in records.items():
-        if run.tasks != first.tasks:
-            raise RunError(
-                f"{run.directory} ({label}) has the tasks {run.tasks} where {first.directory} "
-                f"({first_label}) has {first.tasks}: compare runs of the same tasks in one order"
-            )
-
-
-def _shared_pictures(records: dict[str, RunRecord]) -> dict[str, Picture]:
-    return {
-        "comparison_matrices": make_picture(
-            "comparison_matrices",
-            figures.draw_matrices(records),
-            "Accuracy matrices of all methods as heat maps on one colour scale. "
-            + " ".join(f"{label}: {matrix_words(run)}" for label, run in records.items()),
-        ),
-        "comparison_retention": make_picture(
-            "comparison_retention",
-            figures.draw_retention(records),
-            "One panel a task, one line a method: accuracy in percent after each later task. "
-            + " ".join(f"{label}: {retention_words(run)}" for label, run in records.items()),
-        ),
-    }
 
 
 FIGURE_NAMES = ("accuracy_matrix", "retention", "general", "head_importance", "loss_terms", "memory")
@@ -196,11 +145,9 @@ def _head_words(heads: HeadImportance) -> str:
     return f"{text}; {counts.sum()} heads are selected ({chosen})."
 
 
-def run_view(anchor: str, run: RunRecord, pictures: dict[str, Picture], label: str | None = None) -> dict[str, Any]:
-    """Everything the template shows of one run, formatted; ``anchor`` keeps the page's ids apart."""
+def run_view(run: RunRecord, pictures: dict[str, Picture]) -> dict[str, Any]:
+    """Everything the template shows of one run, formatted."""
     return {
-        "anchor": anchor,
-        "label": label or run.method,
         "run": run,
         "op": DASH if run.op is None else f"{100 * run.op:.2f}",
         "bwt": DASH if run.bwt is None else signed(100 * run.bwt),

@@ -10,30 +10,15 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, RunError
-from ..recipe import DEMO, Recipe
+from ..recipe import Recipe
 from ..tasks import Task, read_tasks
 
 
 def load_tasks(recipe: Recipe) -> list[Task]:
     """The recipe's tasks in order of training."""
-    tasks = _demo_tasks(recipe) if recipe.tasks.format == DEMO else _read_tasks(recipe)
-    return [task.as_chat() for task in tasks] if recipe.tasks.chat_template else tasks
-
-
-def _demo_tasks(recipe: Recipe) -> list[Task]:
-    from ..tasks.demo_words import demo_tasks
-
     section = recipe.tasks
-    sizes = {"n_train": section.max_train or 600, "n_test": section.max_test or 100}
-    found = {record["name"]: record for record in demo_tasks(recipe.seed, **sizes)}
-    return [Task.from_records(name, found[name]["train"], found[name]["test"]) for name in section.order or found]
-
-
-def _read_tasks(recipe: Recipe) -> list[Task]:
-    section = recipe.tasks
-    return read_tasks(
-        section.format, str(section.path), section.order, section.max_train, section.max_test, recipe.seed
-    )
+    tasks = read_tasks(section.format, section.path, section.order, section.max_train, section.max_test, recipe.seed)
+    return [task.as_chat() for task in tasks] if section.chat_template else tasks
 
 
 def check_epochs(epochs: list[float] | None, tasks: list[Task]) -> None:

@@ -7,7 +7,7 @@ Importing it loads neither datasets nor torch nor transformers.
 """
 
 from .conversation import Conversation, check_chat_template
-from .formats import FORMATS
+from .formats import FORMATS, PACKAGED
 from .readers import MIXED, find_task_problems, read_tasks, task_names
 from .task import Task
 from .tokenize import AnswerCollator, Encoded, encode, encode_prompt, prepare_tokenizer
@@ -15,6 +15,7 @@ from .tokenize import AnswerCollator, Encoded, encode, encode_prompt, prepare_to
 __all__ = [
     "FORMATS",
     "MIXED",
+    "PACKAGED",
     "AnswerCollator",
     "Conversation",
     "Encoded",

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, listed, shown
 from ..files.json_text import first_repeated
 from ..metrics import Metric
+from .demo_words import TASK_NAMES, demo_tasks
 from .samples import check_text, checked_rows
 from .table_files import TABLE_SUFFIXES, Table, named, read_json, read_rows
 
@@ -158,6 +160,27 @@ FORMATS: dict[str, Reader] = {
     "long_sequence": _read_long_sequence,
 }
 """The formats by name."""
+
+
+@dataclass(frozen=True)
+class PackagedTasks:
+    """Tasks that come with the package, in the order of ``names``: a format without files, so without a path.
+
+    ``make`` takes a seed and how many samples a task has at most for training and for testing (None: its own number),
+    and returns the prompts and answers of each split by the task's name.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[[int, int | None, int | None], dict[str, Samples]]
+
+
+def _make_demo(seed: int, max_train: int | None, max_test: int | None) -> dict[str, Samples]:
+    made = demo_tasks(seed, n_train=max_train or 600, n_test=max_test or 100)
+    return {record["name"]: {split: record[split] for split in ("train", "test")} for record in made}
+
+
+PACKAGED: dict[str, PackagedTasks] = {"demo": PackagedTasks(tuple(TASK_NAMES), _make_demo)}
+"""The formats whose tasks come with the package."""
 
 SUFFIXES: dict[str, tuple[str, ...]] = {"jsonl": TABLE_SUFFIXES, "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 """How the files of a format end that has a row a sample; those of the others are .json."""

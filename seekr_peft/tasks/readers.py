@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError, listed, shown, suggestion
-from .formats import FORMATS, SUFFIXES
+from .formats import FORMATS, PACKAGED, SUFFIXES
 from .samples import check_name, dataset_of
 from .table_files import named
 from .task import Task
@@ -37,7 +37,7 @@ _SPLITS = ("train", "test")
 
 def read_tasks(
     format: str,
-    path: str | Path,
+    path: str | Path | None = None,
     order: Sequence[str] | None = None,
     max_train: int | None = None,
     max_test: int | None = None,
@@ -53,6 +53,7 @@ def read_tasks(
     | superni | NAME/{train,test}.json with Definition and Instances | rougeL |
     | long_sequence | as superni, and labels.json, the possible answers | accuracy |
     | mixed | FORMAT/NAME/..., each FORMAT one of the above; needs an order of FORMAT/NAME | FORMAT's own |
+    | demo | none: the tasks come with the package, and there is no ``path`` | accuracy |
 
     TRACE is scored as the benchmark itself is: by the option letter (C-STANCE, FOMC, ScienceQA), accuracy (both
     NumGLUE), ROUGE-L (MeetingBank), edit similarity (Py150) and SARI (20Minuten).
@@ -76,8 +77,11 @@ def read_tasks(
     for limit, value in (("max_train", max_train), ("max_test", max_test)):
         if value is not None and value < 1:
             raise DataError(f"{limit} is {value}; it must be 1 or more, or None for all samples.")
+    if format in PACKAGED:
+        made = PACKAGED[format].make(seed, max_train, max_test)
+        return [Task.from_records(name, made[name]["train"], made[name]["test"]) for name in order or made]
     limits = {"train": max_train, "test": max_test}
-    path = Path(path)
+    path = Path(path or "")
     if format == MIXED:
         parts = [name.split("/", 1) for name in order or ()]
         return [_read_task(own, path / own, name, limits, seed) for own, name in parts]
@@ -85,17 +89,19 @@ def read_tasks(
     return [_read_task(format, path, name, limits, seed) for name in names]
 
 
-def find_task_problems(format: str, path: str | Path, order: Sequence[str] | None = None) -> list[str]:
+def find_task_problems(format: str, path: str | Path | None, order: Sequence[str] | None = None) -> list[str]:
     """What is wrong with the tasks, one sentence each, as far as file names tell; [] = nothing."""
+    if format in PACKAGED:
+        return _packaged_problems(format, path, order)
     if format == MIXED:
-        return _mixed_problems(Path(path), order)
+        return _mixed_problems(Path(path or ""), order)
     if format not in FORMATS:
-        known_formats = (*FORMATS, MIXED)
+        known_formats = (*FORMATS, MIXED, *PACKAGED)
         return [
             f"The task format {shown(format)} is unknown; choose one of {', '.join(known_formats)}"
             f"{suggestion(format, known_formats)}."
         ]
-    path = Path(path)
+    path = Path(path or "")
     if not os.path.isdir(path):
         return [_path_problem(path)]
     try:
@@ -108,6 +114,14 @@ def find_task_problems(format: str, path: str | Path, order: Sequence[str] | Non
             f"{_example(format)}."
         ]
     names = known if order is None else list(order)
+    problems = _order_problems(names, known, f"not in '{named(path)}'; it holds")
+    return problems + [
+        problem for name in dict.fromkeys(names) if name in known for problem in _file_problems(format, path, name)
+    ]
+
+
+def _order_problems(names: Sequence[str], known: Sequence[str], absent: str) -> list[str]:
+    """What is wrong with ``names``; an unknown one is ``absent`` the ``known`` ones."""
     if not names:
         return ["The order of tasks is empty; name a task, or leave the order out for all of them."]
     problems = []
@@ -115,12 +129,21 @@ def find_task_problems(format: str, path: str | Path, order: Sequence[str] | Non
         if names.count(name) > 1:
             problems.append(f"The task {_quoted(name)} is {names.count(name)} times in the order.")
         if name not in known:
-            problems.append(
-                f"The task {_quoted(name)} is not in '{named(path)}'; it holds "
-                f"{listed(known)}{suggestion(name, known)}."
-            )
-        else:
-            problems += _file_problems(format, path, name)
+            problems.append(f"The task {_quoted(name)} is {absent} {listed(known)}{suggestion(name, known)}.")
+    return problems
+
+
+def _packaged_problems(format: str, path: str | Path | None, order: Sequence[str] | None) -> list[str]:
+    known = PACKAGED[format].names
+    problems = _order_problems(
+        list(known if order is None else order), known, f"not among those of the format '{format}', which has"
+    )
+    if path:
+        others = ", ".join((*FORMATS, MIXED))
+        problems.append(
+            f"The path '{named(path)}' would not be read, as the tasks of the format '{format}' come with the package; "
+            f"leave it out, or give the format of your own tasks: {others}."
+        )
     return problems
 
 
@@ -203,7 +226,9 @@ def _candidates(format: str, path: Path, name: str, split: str) -> list[Path]:
 
 
 def task_names(format: str, path: Path) -> list[str]:
-    """Names of which at least one split is there, sorted."""
+    """Names of which at least one split is there, sorted; those of packaged tasks in their own order."""
+    if format in PACKAGED:
+        return list(PACKAGED[format].names)
     names: set[str] = set()
     ends = [f".{split}{suffix}" for split in _SPLITS for suffix in SUFFIXES.get(format, ())]
     for entry in os.listdir(path):
