@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,7 @@ class AccuracyMatrix:
             DataError: that column is not complete, or none is.
         """
         last = self._last(after)
-        return _mean([self._scores[i, last] for i in range(last + 1)])
+        return overall_performance([self._scores[i, last] for i in range(last + 1)])
 
     def bwt(self, after: str | None = None) -> float:
         """Backward transfer: mean change of the earlier tasks since their training.
@@ -106,7 +106,7 @@ class AccuracyMatrix:
         and a DataError when the score of a task right after its own training is missing.
         """
         last = self._last(after)
-        return _mean([self._scores[i, last] - self._own(i) for i in range(last)])
+        return backward_transfer([self._scores[i, last] for i in range(last)], [self._own(i) for i in range(last)])
 
     def bwt_divided_by_all_tasks(self, after: str | None = None) -> float:
         """The sum of ``bwt`` divided by K, not K - 1: the figure of SEEKR's released script."""
@@ -260,6 +260,17 @@ class AccuracyMatrix:
         return buffer.getvalue()
 
 
+def overall_performance(last: Sequence[float]) -> float:
+    """OP: the mean of the trained tasks' scores after the last of them."""
+    return _mean(last)
+
+
+def backward_transfer(last: Sequence[float], own: Sequence[float]) -> float:
+    """BWT: the mean change of the earlier tasks' scores, from ``own`` right after each was trained to ``last``; 0.0
+    where there is no earlier task."""
+    return _mean([after - before for after, before in zip(last, own, strict=True)])
+
+
 def _checked_score(score: Any, what: str) -> float:
     try:
         value = float(score)
@@ -270,5 +281,5 @@ def _checked_score(score: Any, what: str) -> float:
     return value
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0

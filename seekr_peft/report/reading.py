@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RunError, printable
+from ..evaluation.matrix import backward_transfer, overall_performance
 from ..files.manifest import StoredFiles
 from ..files.paths import given_path
 from ..files.yaml_text import YamlTextError, read_yaml
@@ -142,7 +143,7 @@ class RunRecord:
         missing.
         """
         last = self.scores[: self.n_scored, self.n_scored - 1] if self.n_scored else np.array([])
-        return float(last.mean()) if last.size and np.isfinite(last).all() else None
+        return overall_performance(last.tolist()) if last.size and np.isfinite(last).all() else None
 
     @property
     def bwt(self) -> float | None:
@@ -152,8 +153,9 @@ class RunRecord:
         count = self.n_scored
         if count < 2:
             return None
-        change = self.scores[: count - 1, count - 1] - np.diag(self.scores)[: count - 1]
-        return float(change.mean()) if np.isfinite(change).all() else None
+        last, own = self.scores[: count - 1, count - 1], np.diag(self.scores)[: count - 1]
+        known = bool(np.isfinite(last).all() and np.isfinite(own).all())
+        return backward_transfer(last.tolist(), own.tolist()) if known else None
 
     def loss_terms(self) -> list[str]:
         """The logged terms of the loss that have a number, the new task's first."""
