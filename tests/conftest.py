@@ -21,7 +21,7 @@ from hypothesis import settings
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Fixtures that several files use.
-pytest_plugins = ["support.attention_doors"]
+pytest_plugins = ["support.attention_doors", "support.finished_run"]
 
 # How long an example takes says nothing of it where tests run side by side.
 settings.register_profile("side by side", deadline=None)

@@ -22,7 +22,7 @@ from support.runs import (
 )
 from support.small_run import read_json, read_lines, small_recipe
 
-import seekr_peft.methods.base as base_module
+import seekr_peft.methods.saved as saved_module
 import seekr_peft.run.measuring as measuring_module
 import seekr_peft.run.runner as run_module
 from seekr_peft import ContinualTrainer, Seekr, run_recipe
@@ -33,18 +33,6 @@ from seekr_peft.memory import storage
 from seekr_peft.recipe import load_recipe
 from seekr_peft.run.records import RunRecords
 from seekr_peft.run.task_data import load_tasks
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three tasks that was never stopped; tests only read it."""
-    return run(small_recipe(tmp_path_factory.mktemp("run") / "seekr")).directory
-
-
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take longer than such a training."""
-    monkeypatch.setattr(run_module, "write_report", lambda directory: directory / "report.html")
 
 
 def _in_step_5_of_task_3(trainer: Any, *args: Any, **kwargs: Any) -> bool:
@@ -199,7 +187,7 @@ def test_a_run_does_not_go_on_with_another_base_or_other_data(
     recipe = stopped_after_one_task(tmp_path / "run", monkeypatch)
     assert read_json(tmp_path / "run" / "environment.json")["base"]
     with monkeypatch.context() as patch:
-        patch.setattr(base_module, "base_fingerprint", lambda model: "another")
+        patch.setattr(saved_module, "base_fingerprint", lambda model: "another")
         with pytest.raises(RunError, match="cannot go on: the base model demo changed since it began"):
             run(recipe, resume=True)
     tasks = load_tasks(load_recipe(recipe))

@@ -29,20 +29,7 @@ from seekr_peft.recipe import load_recipe
 from seekr_peft.recipe.base_model import load_model
 from seekr_peft.run.task_data import load_tasks
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three tasks that was never stopped; tests only read it."""
-    return run(small_recipe(tmp_path_factory.mktemp("run") / "seekr")).directory
-
-
 TERMS = ("replay_loss", "logits_loss", "attention_loss")
-
-
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take longer than such a training."""
-    monkeypatch.setattr(run_module, "write_report", lambda directory: directory / "report.html")
 
 
 def test_the_directory_holds_every_file_of_its_format(finished: Path) -> None:

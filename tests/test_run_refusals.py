@@ -21,23 +21,10 @@ from support.runs import (
 )
 from support.small_run import small_recipe
 
-import seekr_peft.run.runner as run_module
 from seekr_peft import run_recipe
 from seekr_peft.errors import ConfigError, DataError, RunError
 from seekr_peft.run.directory import telling_what_failed
 from seekr_peft.run.progress import StepReporter
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three tasks that was never stopped; tests only read it."""
-    return run(small_recipe(tmp_path_factory.mktemp("run") / "seekr")).directory
-
-
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take longer than such a training."""
-    monkeypatch.setattr(run_module, "write_report", lambda directory: directory / "report.html")
 
 
 @pytest.mark.parametrize(

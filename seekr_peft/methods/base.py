@@ -23,7 +23,7 @@ from ..model.adapter_effect import probe_tokens, unchanged_outputs
 from ..model.adapter_stack import AdapterStack, Mode
 from ..model.devices import check_one_process
 from ..model.facts import ModelFacts
-from ..model.kind import base_fingerprint, check_model
+from ..model.kind import check_model
 from ..model.low_rank_sum import Consolidation, RankLimit
 from ..tasks.inputs import check_rows
 from .directory import check_folder_for, check_new_name
@@ -100,7 +100,6 @@ class ContinualMethod(SavedMethod):
         self.manifest_sums = []
         self.was_listed = True
         self.made_from = {}
-        self._base: str | None = None
         self.current_task = None
         self.awaits_samples = False
         """Whether the open task still has to be told its training samples; see ``draw_from``."""
@@ -245,12 +244,6 @@ class ContinualMethod(SavedMethod):
             loss = with_given_gradient(terms.total, self.stack.parameters().values(), self._steps.weighed)
         Moment(self.current_task, step).check_finite("replay loss", loss)
         return loss
-
-    def base_fingerprint(self) -> str:
-        """What the model's base is known by in the manifests; see ``model_kind.base_fingerprint``."""
-        if self._base is None:
-            self._base = base_fingerprint(self.model)
-        return self._base
 
     def _finish(self, name: str) -> None:
         check_adapter(self.stack.parameters(), name)

@@ -16,6 +16,7 @@ from ..files.manifest import MANIFEST_FILE, Ledger, task_folder, write_manifest
 from ..files.manifest import METHOD_FILE as STATE_FILE
 from ..files.paths import given_path
 from ..model.adapter_stack import AdapterStack
+from ..model.kind import base_fingerprint
 from .directory import (
     check_base,
     check_same_sequence,
@@ -38,6 +39,7 @@ class SavedMethod:
     config_class: ClassVar[type[MethodConfig]] = SeekrConfig
     """The method's knobs; a recipe's ``method`` section is checked against it."""
 
+    model: PeftModel
     config: MethodConfig
     stack: AdapterStack
     directory: Path
@@ -50,13 +52,16 @@ class SavedMethod:
     made_from: dict[str, Any]
     """What else than the base and the earlier tasks the next task's manifest says that it was made from."""
     current_task: str | None
+    _base: str | None = None
 
     def after_restore(self, directories: list[Path]) -> None:
         """Called when finished tasks were restored from disk."""
 
     def base_fingerprint(self) -> str:
-        """What the model's base is known by in the manifests."""
-        raise NotImplementedError
+        """What the model's base is known by in the manifests; see ``model.kind.base_fingerprint``."""
+        if self._base is None:
+            self._base = base_fingerprint(self.model)
+        return self._base
 
     def task_directory(self, index: int, name: str) -> Path:
         """``tasks/NN-name`` of the ``index``-th task (from 0)."""
